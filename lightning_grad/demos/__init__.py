@@ -1,0 +1,10 @@
+"""Models and data of the examples. Real data, nothing to download.
+
+The data modules use optional packages only when set up.
+"""
+
+from lightning_grad.demos.digits import DigitsCNN, DigitsData, DigitsMLP
+from lightning_grad.demos.source_text import SourceText
+from lightning_grad.demos.tiny_gpt import TinyGPT
+
+__all__ = ["DigitsCNN", "DigitsData", "DigitsMLP", "SourceText", "TinyGPT"]
