@@ -3,11 +3,13 @@
 Importing this package makes the bare class names below usable in LightningCLI YAML.
 """
 
+from lightning_grad.callbacks import RandomStateCheckpoint
 from lightning_grad.data import ResumableDataLoader, ResumableSampler
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "RandomStateCheckpoint",
     "ResumableDataLoader",
     "ResumableSampler",
     "__version__",

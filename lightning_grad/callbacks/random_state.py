@@ -1,0 +1,154 @@
+"""Carry the global random states and, where Lightning drops it, the data position through a checkpoint."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from typing_extensions import override
+
+from lightning_grad.data import ResumableDataLoader
+
+
+class RandomStateCheckpoint(pl.Callback):
+    """Make a resumed run draw the random numbers the uninterrupted run would have drawn.
+
+    Saves the states of torch (CPU, and the process's CUDA device), Python's ``random`` and numpy's global generator, of
+    every process, and restores them in ``on_train_start``: making the data iterator before that may draw numbers.
+
+    Exact resume also needs a loader that remembers its position: :class:`lightning_grad.ResumableDataLoader`. To those
+    the callback hands their position once more, because Lightning forgets it when ``estimated_stepping_batches`` is
+    read in ``configure_optimizers`` (its issue 20550), and because a checkpoint written on an exception counts the
+    batch that failed as done; it is trained on again.
+
+    Args:
+        isolate_validation: Let validation during training leave no trace in the random states. A checkpoint written at
+            the batch before a validation is resumed by Lightning after it, without running it, so a validation that
+            draws numbers (the iterator of a plain ``DataLoader`` does) would make the resumed run differ.
+
+    State: ``version`` and ``ranks``, a list of one dict per process with ``torch``, ``python``, ``numpy`` and, on a
+    GPU, ``cuda``. All plain types.
+    """
+
+    def __init__(self, isolate_validation: bool = True) -> None:
+        self.isolate_validation = isolate_validation
+        self._before_validation: dict[str, Any] | None = None
+        self._pending: dict[str, Any] | None = None
+        self._positions: list[dict[str, Any]] = []
+        self._failed_batch: int | None = None
+        self._device: torch.device | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return "RandomStateCheckpoint"
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        # Lightning calls this on every process when it saves, so the exchange below is a collective of all of them
+        own = _random_states(self._device)
+        ranks = [own]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            ranks = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(ranks, own)
+        return {"version": 1, "ranks": ranks}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("version") != 1:
+            raise ValueError(
+                f"RandomStateCheckpoint: the saved state has version {state_dict.get('version')!r}, this release reads"
+                " 1. Resume with the release that wrote it, or leave the callback out."
+            )
+        self._pending = state_dict
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        loop = checkpoint.get("loops", {}).get("fit_loop", {})
+        self._positions = loop.get("state_dict", {}).get("combined_loader", [])
+        batches = loop.get("epoch_loop.batch_progress", {}).get("current", {})
+        self._failed_batch = batches["processed"] if batches and batches["processed"] < batches["ready"] else None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore_positions(trainer)
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        ranks = pending["ranks"]
+        if len(ranks) != trainer.world_size:
+            rank_zero_warn(
+                f"RandomStateCheckpoint: the checkpoint holds the random states of {len(ranks)} processes, this run has"
+                f" {trainer.world_size}; they are not restored, so the run is not the one that was interrupted."
+            )
+            return
+        _restore(ranks[trainer.global_rank], self._device)
+
+    @override
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        # on_validation_start is too late: the validation loader's iterator exists by then
+        self._before_validation = _random_states(self._device) if self.isolate_validation else None
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._before_validation is not None and not trainer.sanity_checking:
+            _restore(self._before_validation, self._device)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._before_validation = None
+
+    def _restore_positions(self, trainer: pl.Trainer) -> None:
+        positions, self._positions = self._positions, []
+        if not positions or trainer.train_dataloader is None:
+            return
+        loaders = [
+            loader
+            for loader in CombinedLoader(trainer.train_dataloader).flattened
+            if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        ]
+        if len(loaders) != len(positions):
+            return  # Lightning has said so already
+        for loader, position in zip(loaders, positions, strict=True):
+            if isinstance(loader, ResumableDataLoader):
+                # harmless if Lightning did it: no batch has been drawn yet
+                loader.load_state_dict(self._at_failed_batch(position))
+
+    def _at_failed_batch(self, position: dict[str, Any]) -> dict[str, Any]:
+        if self._failed_batch is None or "batches" not in position:
+            return position
+        epoch = position["epoch"] if position["batches"] else position["epoch"] - 1  # it was the last of its epoch
+        return position | {"epoch": epoch, "batches": self._failed_batch}
+
+
+def _random_states(device: torch.device | None) -> dict[str, Any]:
+    kind, keys, position, has_gauss, cached = cast("tuple[str, Any, int, int, float]", np.random.get_state(legacy=True))
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+    }
+    if device is not None and device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _restore(states: dict[str, Any], device: torch.device | None) -> None:
+    torch.set_rng_state(states["torch"].cpu())
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
+    if "cuda" in states and device is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)

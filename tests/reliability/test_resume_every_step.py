@@ -1,0 +1,26 @@
+"""A run resumed at any of its steps ends with the very weights of the run that was never interrupted."""
+
+import pytest
+
+from tests.reliability.runs import CASES, STEPS_PER_EPOCH, Case, differing, fit
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@every_case
+def test_resume_at_every_step(case: Case, tmp_path):
+    steps = 2 * STEPS_PER_EPOCH + 2 if case.name != "accumulate" else STEPS_PER_EPOCH + 2
+    straight = fit(case, tmp_path / "straight", steps=steps, keep=True)
+    for step in range(1, steps):
+        resumed = fit(case, tmp_path / "resumed", steps=steps, ckpt_path=tmp_path / "straight" / f"step={step}.ckpt")
+        assert not differing(straight, resumed), f"resumed after step {step}"
+
+
+@every_case
+def test_resume_with_workers(case: Case, tmp_path):
+    steps = STEPS_PER_EPOCH + 2
+    straight = fit(case, tmp_path / "straight", steps=steps, keep=True)
+    for step in (STEPS_PER_EPOCH - 3, STEPS_PER_EPOCH):
+        path = tmp_path / "straight" / f"step={step}.ckpt"
+        resumed = fit(case, tmp_path / "resumed", steps=steps, ckpt_path=path, num_workers=2)
+        assert not differing(straight, resumed), f"resumed after step {step}"
