@@ -5,6 +5,7 @@ Importing this package makes the bare class names below usable in LightningCLI Y
 
 from lightning_grad.callbacks import RandomStateCheckpoint
 from lightning_grad.data import ResumableDataLoader, ResumableSampler
+from lightning_grad.optim import DiffGrad
 
 __version__ = "0.1.0.dev0"
 
@@ -12,5 +13,6 @@ __all__ = [
     "RandomStateCheckpoint",
     "ResumableDataLoader",
     "ResumableSampler",
+    "DiffGrad",
     "__version__",
 ]

@@ -1,0 +1,5 @@
+"""Optimizers: each one update rule, with the full contract of ``torch.optim``."""
+
+from lightning_grad.optim.diffgrad import DiffGrad
+
+__all__ = ["DiffGrad"]

@@ -1,0 +1,440 @@
+"""The base of all optimizers whose update is one pure rule: layout, execution modes, precision and state dict, once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, TypedDict, Unpack, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from lightning_grad.optim._buckets import Layout, Plan, Unit, compute_dtype_of, make_plan
+from lightning_grad.optim._checks import check_group
+from lightning_grad.optim._math import TensorList, stochastic_round
+
+Hyper = dict[str, Any]
+State = dict[str, Any]
+Group = dict[str, Any]
+Rule = Callable[[Any, Any, State, Hyper], tuple[Any, State]]
+
+
+class Switches(TypedDict, total=False):
+    """Keyword-only switches that every rule optimizer has.
+
+    Args:
+        maximize: Ascend instead of descend.
+        foreach: ``None``: flat buckets; ``True``: lists (``torch._foreach_*``); ``False``: one tensor at a time.
+        compile: Run the rule through ``torch.compile``: slow first step, fastest afterwards.
+        capturable: Keep the step count and all scalars on the device, for CUDA graphs.
+        differentiable: Let autograd differentiate through the step.
+        decay_1d: If ``False``, tensors with at most one dimension get no weight decay.
+        state_dtype: ``"param"``: state has the parameter's dtype; ``"float32"``: float32 whatever the parameter is.
+        stochastic_rounding: Round bfloat16 parameters up or down at random so that small updates are not lost.
+    """
+
+    maximize: bool
+    foreach: bool | None
+    compile: bool
+    capturable: bool
+    differentiable: bool
+    decay_1d: bool
+    state_dtype: Literal["param", "float32"]
+    stochastic_rounding: bool
+
+
+_SWITCH_DEFAULTS: Switches = {
+    "maximize": False,
+    "foreach": None,
+    "compile": False,
+    "capturable": False,
+    "differentiable": False,
+    "decay_1d": True,
+    "state_dtype": "param",
+    "stochastic_rounding": False,
+}
+
+# One compiled callable per rule, dtype, device type and set of switches; None after a failure.
+_compiled: dict[tuple[Any, ...], Callable[..., None] | None] = {}
+
+
+class RuleOptimizer(Optimizer):
+    """An optimizer given by one pure update rule.
+
+    A subclass supplies ``state_spec`` (name -> initial fill), :meth:`hyper` and :meth:`rule`, and may be
+
+    - ``"elementwise"``: the rule sees flat tensors with the values of many parameters, or slices of one;
+    - ``"global"``: elementwise after a prologue (:meth:`measure`, :meth:`prologue`) that reduces over all parameters;
+    - ``"tensor"``: the rule sees one whole parameter at a time and may reduce over it.
+    """
+
+    kind: ClassVar[Literal["elementwise", "rowwise", "global", "tensor"]] = "elementwise"
+    state_spec: ClassVar[Mapping[str, float]] = {}
+    small: ClassVar[int] = 32768  # parameters with fewer elements share a bucket
+    capacity: ClassVar[int] = 131072  # elements of a bucket
+    block: ClassVar[Mapping[str, int]] = {"cpu": 131072, "cuda": 1 << 24}  # elements per call of the eager rule
+    listed_devices: ClassVar[tuple[str, ...]] = ("cuda",)  # where `foreach=None` means lists for large parameters
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], **switches: Unpack[Switches]) -> None:
+        unknown = set(switches) - set(_SWITCH_DEFAULTS)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} got an unexpected argument {sorted(unknown)[0]!r}")
+        self._forget_plans()
+        super().__init__(params, {**defaults, **_SWITCH_DEFAULTS, **switches})
+
+    # ---- what a subclass supplies -------------------------------------------------------------------------------
+
+    def hyper(self, group: Group, step: Any) -> Hyper:
+        """Scalars of the rule at a step: numbers (or 0-dim tensors), and bools that choose the form of the rule.
+
+        Args:
+            group: The parameter group.
+            step: Number of this step (from 1) of the parameters; a 0-dim float64 tensor if ``capturable``.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def rule(p: Any, g: Any, s: State, h: Hyper) -> tuple[Any, State]:
+        """New parameter and new state entries; changes nothing, reads no tensor on the host."""
+        raise NotImplementedError
+
+    def state_names(self, group: Group) -> Mapping[str, float]:
+        """State names and fills that the group needs."""
+        return self.state_spec
+
+    def check(self, group: Group) -> None:
+        """Raise ``ValueError`` for values of the group that the common checks do not know."""
+
+    def stats(self) -> dict[str, float | Tensor]:
+        """Quantities worth logging, computed when asked."""
+        return {}
+
+    # ---- torch.optim.Optimizer ----------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; values it does not name come from the constructor.
+
+        Args:
+            param_group: ``{"params": ..., "lr": ..., ...}``, as for :class:`torch.optim.Optimizer`.
+        """
+        merged = {**self.defaults, **param_group}
+        check_group(merged)
+        self.check(merged)
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_plans()
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with tensors of their own: the live ones are views of buckets and would be saved whole."""
+        saved = super().state_dict()
+        saved["state"] = {key: {n: _own(v) for n, v in entry.items()} for key, entry in saved["state"].items()}
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but every state keeps the precision it was saved in, and nothing is shared with ``state_dict``.
+
+        Args:
+            state_dict: From :meth:`state_dict` of the same class.
+
+        Raises:
+            KeyError: The state of a parameter lacks a key or has an unknown one.
+        """
+        seen: list[dict[str, Any]] = []
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: self._check_keys(loaded, seen))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        self._forget_plans()
+        # torch casts all state but "step" to the parameter's dtype
+        for saved_group, group in zip(seen[-1]["param_groups"], self.param_groups, strict=True):
+            for key, param in zip(saved_group["params"], group["params"], strict=True):
+                for name, value in seen[-1]["state"].get(key, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[param][name] = self._place(name, value, param, group)
+
+    def _place(self, name: str, value: Tensor, param: Tensor, group: Group) -> Tensor:
+        if name == "step":
+            return value.to(device=param.device if group["capturable"] else "cpu", dtype=torch.float32, copy=True)
+        dtype = value.dtype
+        if dtype.is_floating_point or dtype.is_complex:
+            dtype = torch.float32 if group["state_dtype"] == "float32" else param.dtype
+            dtype = dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
+        return value.to(device=param.device, dtype=dtype, copy=True)
+
+    def _check_keys(self, loaded: dict[str, Any], seen: list[dict[str, Any]]) -> None:
+        name = type(self).__name__
+        for saved_group in loaded["param_groups"]:
+            wanted = {"step", *self.state_names({**self.defaults, **saved_group})}
+            for key in saved_group["params"]:
+                entry = loaded["state"].get(key)
+                if not entry:
+                    continue
+                for missing in sorted(wanted - entry.keys()):
+                    raise KeyError(
+                        f"{name}: the state of parameter {key} has no `{missing}`; is it another optimizer's?"
+                    )
+                for extra in sorted(entry.keys() - wanted - set(self.shared_state)):
+                    raise KeyError(f"{name}: the state of parameter {key} has an unknown `{extra}`")
+        seen.append(loaded)
+
+    shared_state: ClassVar[tuple[str, ...]] = ()  # state of the whole optimizer, kept with the first parameter
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            The closure's loss, or ``None``.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
+            work = [
+                (group, plan, [(unit, self._hyper(group, unit)) for unit in plan.units])
+                for group, plan in zip(self.param_groups, plans, strict=True)
+                if plan is not None
+            ]
+            self._begin(work)
+        for group, _, units in work:
+            for unit, h in units:
+                if group["differentiable"]:
+                    self._run_differentiable(group, unit, h)
+                else:
+                    with torch.no_grad():
+                        self._run(group, unit, h)
+        return loss
+
+    # ---- planning -----------------------------------------------------------------------------------------------
+
+    def _forget_plans(self) -> None:
+        self._plans: dict[int, Plan] = {}
+        self._pool: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._refused: set[int] = set()
+
+    def _scratch(self, device: torch.device, dtype: torch.dtype, numel: int) -> tuple[Tensor, Tensor]:
+        """Two buffers that all gathered units of a device and dtype use in turn."""
+        pair = self._pool.get((device, dtype))
+        if pair is None or pair[0].numel() < numel:
+            pair = (torch.empty(numel, dtype=dtype, device=device), torch.empty(numel, dtype=dtype, device=device))
+            self._pool[device, dtype] = pair
+        return pair
+
+    def _plan(self, index: int, group: Group) -> Plan | None:
+        """The layout of a group for the parameters that have gradients now."""
+        params = []
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients;"
+                    " use torch.optim.SparseAdam for this parameter"
+                )
+            params.append(param)
+        if not params:
+            return None
+        listed = bool(group["foreach"]) and self.kind == "elementwise"
+        split_1d = not group["decay_1d"] and group.get("weight_decay", 0.0) != 0.0
+        signature = (
+            listed, group["foreach"], group["differentiable"], group["capturable"], group["compile"],
+            group["state_dtype"], group["stochastic_rounding"], split_1d, tuple(self.state_names(group)),
+        )  # fmt: skip
+        plan = self._plans.get(index)
+        if plan is not None and plan.holds(signature, params, self.state):
+            return plan
+        positions = {id(param): position for position, param in enumerate(group["params"])}
+        self._check_rounding(group, [(positions[id(param)], param) for param in params])
+        single = group["foreach"] is False or group["differentiable"] or self.kind == "tensor"
+        layout = Layout(
+            state=self.state_names(group),
+            rowwise=self.kind == "rowwise",
+            concatenate=not single,
+            listed=listed or group["differentiable"],
+            listed_devices=self.listed_devices
+            if self.kind == "elementwise" and group["foreach"] is None and not group["compile"]
+            else (),
+            float32_state=group["state_dtype"] == "float32",
+            step_on_device=group["capturable"],
+            split_1d=split_1d,
+            small=self.small,
+            capacity=self.capacity,
+            scratch=self._scratch,
+        )
+        plan = make_plan(signature, [(positions[id(p)], p) for p in params], self.state, layout)
+        self._plans[index] = plan
+        return plan
+
+    def _check_rounding(self, group: Group, params: list[tuple[int, Tensor]]) -> None:
+        if not group["stochastic_rounding"]:
+            return
+        for index, param in params:
+            if param.dtype is not torch.bfloat16:
+                raise ValueError(
+                    f"stochastic_rounding needs bfloat16 parameters, got {param.dtype} for parameter {index}"
+                )
+
+    # ---- execution ----------------------------------------------------------------------------------------------
+
+    def _hyper(self, group: Group, unit: Unit) -> Hyper:
+        step = unit.advance(group["capturable"])
+        values = group if unit.decay else {**group, "weight_decay": 0.0}
+        lr = group.get("lr")
+        if isinstance(lr, Tensor) and not (group["capturable"] or group["differentiable"]):
+            values = {**values, "lr": lr.item()}
+        h = self.hyper(values, step)
+        h["low_precision"] = unit.compute_dtype is torch.float32
+        return {k: v.to(unit.compute_dtype) if isinstance(v, Tensor) else v for k, v in h.items()}
+
+    def _begin(self, work: list[tuple[Group, Plan, list[tuple[Unit, Hyper]]]]) -> None:
+        """Called once per step before any parameter changes."""
+
+    def _run(self, group: Group, unit: Unit, h: Hyper) -> None:
+        """Update the parameters of a unit in place."""
+        if unit.listed:
+            self._run_list(group, unit, h)
+            return
+        p, g = load(unit)
+        names = list(unit.state)
+        tensors = [unit.state[name] for name in names]
+        update = self._compiled_update(group, unit, names, h) if group["compile"] else None
+        if update is not None and self._try_compiled(update, p, g, tensors, h):
+            pass
+        else:
+            size = p.numel() if self.kind == "tensor" or group["foreach"] is False else self._block(p)
+            for parts in zip(p.split(size), g.split(size), *(t.split(size) for t in tensors), strict=True):
+                apply_rule(
+                    self.rule, names, unit.compute_dtype, group["maximize"], group["stochastic_rounding"],
+                    parts[0], parts[1], list(parts[2:]), h,
+                )  # fmt: skip
+        store(unit)
+
+    def _block(self, p: Tensor) -> int:
+        return self.block.get(p.device.type, self.block["cuda"])
+
+    def _run_list(self, group: Group, unit: Unit, h: Hyper) -> None:
+        dtype = unit.compute_dtype
+        params = unit.params
+        grads = [_real(cast(Tensor, member.param.grad)) for member in unit.members]
+        names = list(self.state_names(group))
+        states = {name: [_real(member.state[name]) for member in unit.members] for name in names}
+        p = TensorList([t.to(dtype) for t in params])
+        g = TensorList([t.to(dtype) for t in grads])
+        s = {name: TensorList([t.to(dtype) for t in tensors]) for name, tensors in states.items()}
+        new_p, new_s = self.rule(p, -g if group["maximize"] else g, s, h)
+        values = [stochastic_round(t) for t in new_p.items] if group["stochastic_rounding"] else new_p.items
+        torch._foreach_copy_(params, values)
+        for name, value in new_s.items():
+            torch._foreach_copy_(states[name], value.items)
+
+    def _run_differentiable(self, group: Group, unit: Unit, h: Hyper) -> None:
+        for member in unit.members:
+            p, g, dtype = _real(member.param), _real(cast(Tensor, member.param.grad)), unit.compute_dtype
+            s = {name: _real(member.state[name]).to(dtype) for name in self.state_names(group)}
+            new_p, new_s = self.rule(p.to(dtype), -g.to(dtype) if group["maximize"] else g.to(dtype), s, h)
+            new_p = stochastic_round(new_p) if group["stochastic_rounding"] else new_p
+            member.param.copy_(_like(new_p, member.param))
+            for name, value in new_s.items():  # replaced, so that the graph of this step survives the next
+                member.state[name] = member.views[name] = _like(value, member.param).to(member.state[name].dtype)
+
+    def _compiled_update(self, group: Group, unit: Unit, names: list[str], h: Hyper) -> Callable[..., None] | None:
+        flags = tuple((k, v) for k, v in h.items() if isinstance(v, bool))
+        scalars = tuple(k for k, v in h.items() if not isinstance(v, bool))
+        key = (
+            type(self), unit.compute_dtype, unit.device.type, tuple(names), flags, scalars,
+            group["maximize"], group["stochastic_rounding"],
+        )  # fmt: skip
+        if key not in _compiled:
+            rule, dtype, maximize, rounding = (
+                self.rule,
+                unit.compute_dtype,
+                group["maximize"],
+                group["stochastic_rounding"],
+            )
+
+            def update(p: Tensor, g: Tensor, tensors: list[Tensor], packed: Tensor) -> None:
+                numbers = dict(zip(scalars, packed.unbind(0), strict=True))
+                apply_rule(rule, names, dtype, maximize, rounding, p, g, tensors, {**dict(flags), **numbers})
+
+            _compiled[key] = torch.compile(update, dynamic=True, fullgraph=True)
+        return _compiled[key]
+
+    def _try_compiled(self, update: Callable[..., None], p: Tensor, g: Tensor, tensors: list[Tensor], h: Hyper) -> bool:
+        dtype = compute_dtype_of(p)
+        values = [v for v in h.values() if not isinstance(v, bool)]
+        if any(isinstance(v, Tensor) for v in values):
+            packed = torch.stack([torch.as_tensor(v, dtype=dtype, device=p.device) for v in values])
+        else:
+            packed = torch.tensor(values, dtype=dtype).to(p.device, non_blocking=True)
+        try:
+            update(p, g, tensors, packed)
+        except Exception as error:
+            for key, known in _compiled.items():
+                if known is update:
+                    _compiled[key] = None
+            warnings.warn(
+                f"{type(self).__name__}: torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0]});"
+                " continuing without it",
+                stacklevel=4,
+            )
+            return False
+        return True
+
+
+def apply_rule(
+    rule: Rule, names: list[str], dtype: torch.dtype, maximize: bool, rounding: bool,
+    p: Tensor, g: Tensor, tensors: list[Tensor], h: Hyper,
+) -> None:  # fmt: skip
+    """Run the rule in ``dtype`` and copy the results back in place."""
+    g = g.to(dtype)
+    state = {name: tensor.to(dtype) for name, tensor in zip(names, tensors, strict=True)}
+    new_p, new_s = rule(p.to(dtype), -g if maximize else g, state, h)
+    p.copy_(stochastic_round(new_p) if rounding else new_p)
+    for name, tensor in zip(names, tensors, strict=True):
+        if name in new_s:
+            tensor.copy_(new_s[name])
+
+
+def load(unit: Unit) -> tuple[Tensor, Tensor]:
+    """Flat values and gradients of a unit; gathered units are copied into scratch, others are views."""
+    if unit.gathered and unit.scratch is not None:
+        torch._foreach_copy_(unit.views, unit.params)
+        torch._foreach_copy_(unit.grad_views, [_real(cast(Tensor, member.param.grad)) for member in unit.members])
+        return unit.scratch
+    p = cast(Tensor, unit.value)
+    real = unit.members[0].real
+    grad = _real(cast(Tensor, unit.members[0].param.grad))
+    if grad.stride() != real.stride():
+        grad = torch.empty_like(real).copy_(grad)
+    return p, grad.as_strided((grad.numel(),), (1,)).view(unit.shape)
+
+
+def store(unit: Unit) -> None:
+    """Write the values of a gathered unit back to its parameters."""
+    if unit.gathered:
+        torch._foreach_copy_(unit.params, unit.views)
+
+
+def _real(value: Tensor) -> Tensor:
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+
+
+def _like(value: Tensor, param: Tensor) -> Tensor:
+    return torch.view_as_complex(value) if param.is_complex() else value
+
+
+def _own(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,279 @@
+"""How the parameters of a group are laid out for a step: flat buckets, and the state as views of flat tensors.
+
+A *unit* is what one call of an update rule works on. Small parameters of one device, dtype and step count share a unit:
+their values and gradients are gathered into a scratch buffer, and each of their states is one flat tensor. A large
+parameter is a unit of its own and is updated in place through a flat view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Member:
+    """A parameter with a gradient, and what must still hold at the next step for its place to be valid."""
+
+    param: Tensor
+    index: int  # position in the group, for error texts
+    pointer: int
+    dtype: torch.dtype
+    state: dict[str, Any]
+    views: dict[str, Tensor] = field(default_factory=dict)
+    step: float = 0.0
+
+    @property
+    def real(self) -> Tensor:
+        """The values as real numbers, outside of autograd."""
+        value = self.param.detach()
+        return torch.view_as_real(value) if value.is_complex() else value
+
+
+@dataclass
+class Unit:
+    """Parameters that one call of the rule updates together.
+
+    ``state`` maps each state name to one flat tensor, or is empty if ``listed``: then the states are the members' own.
+    """
+
+    members: list[Member]
+    compute_dtype: torch.dtype
+    decay: bool  # weight decay applies
+    steps: Tensor  # float32, one per member
+    step: float
+    gathered: bool
+    listed: bool  # the rule gets lists of tensors
+    shape: tuple[int, ...]  # of the flat tensors: (n,), or (rows, row length)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    value: Tensor | None = None  # flat view of the parameter; None if gathered
+    views: list[Tensor] = field(default_factory=list)  # gathered: places of the members in the scratch buffer
+    grad_views: list[Tensor] = field(default_factory=list)
+    scratch: tuple[Tensor, Tensor] | None = None
+    rows_of: Tensor | None = None  # rowwise, several members: the member of each row
+    version: int = 0
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+    @property
+    def device(self) -> torch.device:
+        return self.members[0].param.device
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [member.real for member in self.members]
+
+    def advance(self, capturable: bool) -> Tensor | float:
+        """Count the step and return it: a number, or a 0-dim float64 tensor on the device if ``capturable``."""
+        self.steps.add_(1.0)
+        self.version = self.steps._version
+        self.step += 1.0
+        return self.steps[0].double() if capturable else self.step
+
+
+@dataclass
+class Plan:
+    """The units of a group for one set of parameters that have gradients."""
+
+    signature: tuple[Any, ...]
+    members: list[Member]
+    units: list[Unit]
+
+    def holds(self, signature: tuple[Any, ...], params: list[Tensor], states: Mapping[Any, Any]) -> bool:
+        """Whether nothing has changed since the plan was made."""
+        if signature != self.signature or len(params) != len(self.members):
+            return False
+        for param, member in zip(params, self.members, strict=True):
+            if param is not member.param or param.data_ptr() != member.pointer or param.dtype is not member.dtype:
+                return False
+            state = states.get(param)
+            if state is not member.state:
+                return False
+            for name, view in member.views.items():
+                if state.get(name) is not view:
+                    return False
+        return all(unit.steps._version == unit.version for unit in self.units)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides the shape of a plan."""
+
+    state: Mapping[str, float]  # name -> initial fill
+    rowwise: bool
+    concatenate: bool  # small parameters share a unit
+    listed: bool  # all units are lists
+    listed_devices: tuple[str, ...]  # device types whose large parameters are updated as lists
+    float32_state: bool
+    step_on_device: bool
+    split_1d: bool  # parameters with ndim <= 1 get no weight decay
+    small: int  # parameters below this are gathered
+    capacity: int  # elements of a gathered unit
+    scratch: Callable[[torch.device, torch.dtype, int], tuple[Tensor, Tensor]]
+
+
+def compute_dtype_of(param: Tensor) -> torch.dtype:
+    """The real dtype that a parameter's update is computed in."""
+    dtype = param.dtype.to_real() if param.is_complex() else param.dtype
+    return torch.float32 if dtype in LOW_PRECISION else dtype
+
+
+def make_plan(
+    signature: tuple[Any, ...],
+    params: Iterable[tuple[int, Tensor]],
+    states: Mapping[Any, dict[str, Any]],
+    layout: Layout,
+) -> Plan:
+    """Lay out parameters, carrying over the states they have.
+
+    Args:
+        signature: Compared by :meth:`Plan.holds`.
+        params: Position in the group and parameter, for those with a gradient.
+        states: The optimizer's ``state``; entries are made for new parameters, and replaced by views.
+        layout: See :class:`Layout`.
+    """
+    members = []
+    for index, param in params:
+        state = states[param]
+        step = float(state["step"]) if "step" in state else 0.0
+        members.append(Member(param, index, param.data_ptr(), param.dtype, state, step=step))
+    units = []
+    for group in _split(members, layout):
+        unit = _list_unit(group, layout) if _is_listed(group[0], layout) else _flat_unit(group, layout)
+        device = unit.device if layout.step_on_device else torch.device("cpu")
+        unit.steps = torch.full((len(group),), group[0].step, dtype=torch.float32, device=device)
+        for member, count in zip(group, unit.steps.unbind(), strict=True):
+            _adopt(member, "step", count)
+        unit.version = unit.steps._version
+        units.append(unit)
+    return Plan(signature, members, units)
+
+
+def _split(members: list[Member], layout: Layout) -> list[list[Member]]:
+    """Members of each unit: parameters that may share one, in order, up to the capacity."""
+    groups: list[list[Member]] = []
+    open_groups: dict[tuple[Any, ...], tuple[list[Member], int]] = {}
+    for member in members:
+        param, numel = member.param, member.real.numel()
+        if numel == 0:
+            continue
+        listed = _is_listed(member, layout)
+        row = numel // param.shape[0] if layout.rowwise and param.ndim >= 2 else 0
+        key = (param.device, param.dtype, member.step, layout.split_1d and param.ndim <= 1, listed, row)
+        group, filled = open_groups.get(key, ([], 0))
+        if not listed and (not layout.concatenate or numel >= layout.small):
+            groups.append([member])
+        elif group and (listed or filled + numel <= layout.capacity):
+            group.append(member)
+            open_groups[key] = (group, filled + numel)
+        else:
+            groups.append([member])
+            open_groups[key] = (groups[-1], numel)
+    return groups
+
+
+def _is_listed(member: Member, layout: Layout) -> bool:
+    if layout.listed:
+        return True
+    return member.param.device.type in layout.listed_devices and member.real.numel() >= layout.small
+
+
+def _new_unit(
+    group: list[Member], layout: Layout, shape: tuple[int, ...], *, gathered: bool = False, listed: bool = False
+) -> Unit:
+    first = group[0]
+    decay = not (layout.split_1d and first.param.ndim <= 1)
+    return Unit(group, compute_dtype_of(first.param), decay, torch.empty(0), first.step, gathered, listed, shape)
+
+
+def _flat_unit(group: list[Member], layout: Layout) -> Unit:
+    first = group[0].param
+    strides = [_flat_strides(member.real, layout.rowwise and first.ndim >= 2) for member in group]
+    sizes = [member.real.numel() for member in group]
+    total = sum(sizes)
+    gathered = len(group) > 1 or strides[0] != group[0].real.stride()
+    rowwise = layout.rowwise and first.ndim >= 2
+    row = sizes[0] // first.shape[0] if rowwise else 0
+    unit = _new_unit(group, layout, (total // row, row) if rowwise else (total,), gathered=gathered)
+    offsets = accumulate(sizes[:-1], initial=0)
+    places = [(m.real.shape, s, o) for m, s, o in zip(group, strides, offsets, strict=True)]
+    for name, fill in layout.state.items():
+        unit.state[name] = _flat_state(unit, name, fill, places, layout).view(unit.shape)
+    if rowwise and len(group) > 1:
+        rows = torch.tensor([size // row for size in sizes])
+        unit.rows_of = torch.arange(len(group)).repeat_interleave(rows).to(unit.device)
+    if gathered:
+        value, grad = layout.scratch(unit.device, unit.compute_dtype, total)
+        unit.scratch = (value[:total].view(unit.shape), grad[:total].view(unit.shape))
+        unit.views = [value.as_strided(*place) for place in places]
+        unit.grad_views = [grad.as_strided(*place) for place in places]
+    else:
+        unit.value = _flatten(group[0].real).view(unit.shape)
+    return unit
+
+
+def _flat_strides(value: Tensor, rowwise: bool) -> tuple[int, ...]:
+    """Strides of a dense block with the parameter's order of dimensions; rows must be contiguous if ``rowwise``."""
+    strides = torch.empty_like(value, device="meta").stride()
+    if rowwise and value.shape[0] > 1 and strides[0] * value.shape[0] != value.numel():
+        return torch.empty(value.shape, device="meta").stride()
+    return strides
+
+
+def _flatten(value: Tensor) -> Tensor:
+    return value.as_strided((value.numel(),), (1,))
+
+
+def _flat_state(
+    unit: Unit, name: str, fill: float, places: list[tuple[torch.Size, tuple[int, ...], int]], layout: Layout
+) -> Tensor:
+    """One flat tensor for a state of all members, whose entries become views of it."""
+    first = unit.members[0]
+    dtype = torch.float32 if layout.float32_state else first.real.dtype
+    old = first.state.get(name)
+    if len(places) == 1 and old is not None:
+        old = torch.view_as_real(old) if old.is_complex() else old
+        whole = old.untyped_storage().nbytes() == old.numel() * old.element_size()
+        if whole and old.dtype is dtype and old.stride() == places[0][1] and old.device == unit.device:
+            first.views[name] = first.state[name]
+            return _flatten(old)
+    flat = torch.full((unit.numel,), fill, dtype=dtype, device=unit.device)
+    for member, place in zip(unit.members, places, strict=True):
+        view = flat.as_strided(*place)
+        view = torch.view_as_complex(view) if member.param.is_complex() else view
+        _adopt(member, name, view)
+    return flat
+
+
+def _list_unit(group: list[Member], layout: Layout) -> Unit:
+    unit = _new_unit(group, layout, (sum(member.real.numel() for member in group),), listed=True)
+    for member in group:
+        for name, fill in layout.state.items():
+            dtype = torch.float32 if layout.float32_state else member.real.dtype
+            dtype = dtype.to_complex() if member.param.is_complex() else dtype
+            old = member.state.get(name)
+            if old is not None and old.dtype is dtype and old.device == member.param.device:
+                member.views[name] = old
+            else:
+                _adopt(member, name, torch.full_like(member.param, fill, dtype=dtype, requires_grad=False))
+    return unit
+
+
+def _adopt(member: Member, name: str, view: Tensor) -> None:
+    """Make ``view`` the member's state, with the values the state has."""
+    if name in member.state:
+        view.copy_(member.state[name])
+    member.state[name] = view
+    member.views[name] = view
