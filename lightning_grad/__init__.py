@@ -10,9 +10,9 @@ from lightning_grad.optim import DiffGrad
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "DiffGrad",
     "RandomStateCheckpoint",
     "ResumableDataLoader",
     "ResumableSampler",
-    "DiffGrad",
     "__version__",
 ]
