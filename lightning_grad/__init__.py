@@ -5,11 +5,12 @@ Importing this package makes the bare class names below usable in LightningCLI Y
 
 from lightning_grad.callbacks import RandomStateCheckpoint
 from lightning_grad.data import ResumableDataLoader, ResumableSampler
-from lightning_grad.optim import DiffGrad
+from lightning_grad.optim import AdaGradNorm, DiffGrad
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AdaGradNorm",
     "DiffGrad",
     "RandomStateCheckpoint",
     "ResumableDataLoader",

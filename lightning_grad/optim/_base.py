@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, TypedDict, Unpack, cast
 
 import torch
@@ -19,6 +19,7 @@ Hyper = dict[str, Any]
 State = dict[str, Any]
 Group = dict[str, Any]
 Rule = Callable[[Any, Any, State, Hyper], tuple[Any, State]]
+Work = list[tuple[Group, list[tuple[Unit, Hyper]]]]
 
 
 class Switches(TypedDict, total=False):
@@ -100,6 +101,20 @@ class RuleOptimizer(Optimizer):
         """New parameter and new state entries; changes nothing, reads no tensor on the host."""
         raise NotImplementedError
 
+    @staticmethod
+    def measure(p: Tensor, g: Tensor, s: State, h: Hyper) -> Tensor:
+        """``"global"`` rules: a 0-dim tensor to sum over all parameters; by default the squared norm of ``g``."""
+        return (g * g).sum()
+
+    def prologue(self, groups: list[Group], totals: list[Any]) -> list[Hyper]:
+        """``"global"`` rules: scalars to add to ``h``, for each group, from the sums of :meth:`measure`.
+
+        Args:
+            groups: The groups that have gradients.
+            totals: One sum per group: a number on CPU, else a 0-dim float64 tensor.
+        """
+        raise NotImplementedError
+
     def state_names(self, group: Group) -> Mapping[str, float]:
         """State names and fills that the group needs."""
         return self.state_spec
@@ -164,7 +179,7 @@ class RuleOptimizer(Optimizer):
         if name == "step":
             return value.to(device=param.device if group["capturable"] else "cpu", dtype=torch.float32, copy=True)
         dtype = value.dtype
-        if dtype.is_floating_point or dtype.is_complex:
+        if name not in self.shared_state and (dtype.is_floating_point or dtype.is_complex):
             dtype = torch.float32 if group["state_dtype"] == "float32" else param.dtype
             dtype = dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
         return value.to(device=param.device, dtype=dtype, copy=True)
@@ -175,7 +190,7 @@ class RuleOptimizer(Optimizer):
             wanted = {"step", *self.state_names({**self.defaults, **saved_group})}
             for key in saved_group["params"]:
                 entry = loaded["state"].get(key)
-                if not entry:
+                if not entry or not entry.keys() - set(self.shared_state):
                     continue
                 for missing in sorted(wanted - entry.keys()):
                     raise KeyError(
@@ -202,13 +217,14 @@ class RuleOptimizer(Optimizer):
                 loss = closure()
         with torch.no_grad():
             plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
-            work = [
-                (group, plan, [(unit, self._hyper(group, unit)) for unit in plan.units])
+            work: Work = [
+                (group, [(unit, self._hyper(group, unit)) for unit in plan.units])
                 for group, plan in zip(self.param_groups, plans, strict=True)
                 if plan is not None
             ]
-            self._begin(work)
-        for group, _, units in work:
+        if work and self.kind == "global":
+            self._measure_all(work)
+        for group, units in work:
             for unit, h in units:
                 if group["differentiable"]:
                     self._run_differentiable(group, unit, h)
@@ -299,8 +315,36 @@ class RuleOptimizer(Optimizer):
         h["low_precision"] = unit.compute_dtype is torch.float32
         return {k: v.to(unit.compute_dtype) if isinstance(v, Tensor) else v for k, v in h.items()}
 
-    def _begin(self, work: list[tuple[Group, Plan, list[tuple[Unit, Hyper]]]]) -> None:
-        """Called once per step before any parameter changes."""
+    def _measure_all(self, work: Work) -> None:
+        """Sum :meth:`measure` over the parameters of each group, and add what :meth:`prologue` makes of it to ``h``."""
+        totals: list[Any] = []
+        for group, units in work:
+            on_host = not (group["capturable"] or group["differentiable"])
+            total: Any = 0.0
+            for unit, h in units:
+                with torch.set_grad_enabled(group["differentiable"]):
+                    for p, g, s in self._pieces(group, unit):
+                        part = self.measure(p, g, s, h).double()
+                        total = total + (part.item() if on_host and part.device.type == "cpu" else part)
+            totals.append(total)
+        scalars = self.prologue([group for group, _ in work], totals)
+        for (_, units), extra in zip(work, scalars, strict=True):
+            for unit, h in units:
+                h.update({k: v.to(unit.compute_dtype) if isinstance(v, Tensor) else v for k, v in extra.items()})
+
+    def _pieces(self, group: Group, unit: Unit) -> Iterator[tuple[Tensor, Tensor, State]]:
+        """Values, gradients and states of a unit, block by block, in the dtype of computation."""
+        dtype, sign = unit.compute_dtype, -1.0 if group["maximize"] else 1.0
+        if unit.listed:
+            for member in unit.members:
+                state = {name: _real(member.state[name]).to(dtype) for name in self.state_names(group)}
+                yield _real(member.param).to(dtype), _real(cast(Tensor, member.param.grad)).to(dtype) * sign, state
+            return
+        p, g = load(unit)
+        size = self._block(p)
+        for parts in zip(p.split(size), g.split(size), *(t.split(size) for t in unit.state.values()), strict=True):
+            state = {name: t.to(dtype) for name, t in zip(unit.state, parts[2:], strict=True)}
+            yield parts[0].to(dtype), parts[1].to(dtype) * sign if sign < 0 else parts[1].to(dtype), state
 
     def _run(self, group: Group, unit: Unit, h: Hyper) -> None:
         """Update the parameters of a unit in place."""
