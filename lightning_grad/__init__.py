@@ -4,6 +4,7 @@ Importing this package makes the bare class names below usable in LightningCLI Y
 """
 
 from lightning_grad.callbacks import RandomStateCheckpoint
+from lightning_grad.checkpoint_io import ChecksumCheckpointIO
 from lightning_grad.data import ResumableDataLoader, ResumableSampler
 from lightning_grad.optim import AdaGradNorm, DiffGrad
 
@@ -12,6 +13,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "AdaGradNorm",
     "DiffGrad",
+    "ChecksumCheckpointIO",
     "RandomStateCheckpoint",
     "ResumableDataLoader",
     "ResumableSampler",
