@@ -12,8 +12,8 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "AdaGradNorm",
-    "DiffGrad",
     "ChecksumCheckpointIO",
+    "DiffGrad",
     "RandomStateCheckpoint",
     "ResumableDataLoader",
     "ResumableSampler",
