@@ -1,0 +1,80 @@
+"""Hooks of the documentation build: reference pages from the package, formulas as MathML.
+
+Browsers draw MathML by themselves, so no script has to be fetched or shipped.
+"""
+
+from __future__ import annotations
+
+import html
+import pkgutil
+import re
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+PACKAGE = Path(__file__).parents[1] / "lightning_grad"
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def rooms() -> list[str]:
+    """Public modules and sub-packages of the package, by name."""
+    return sorted(m.name for m in pkgutil.iter_modules([str(PACKAGE)]) if not m.name.startswith("_"))
+
+
+def public_names(room: str) -> list[str]:
+    """Full names of what a reader may import from a room: its `__all__`, else what its public modules define."""
+    full = f"lightning_grad.{room}"
+    module = import_module(full)
+    if hasattr(module, "__all__"):
+        return sorted({home(module, name) for name in module.__all__})
+    found = set()
+    for part in [room, *(f"{room}.{m.name}" for m in pkgutil.iter_modules(getattr(module, "__path__", [])))]:
+        if "._" in part:
+            continue
+        name_of_part = f"lightning_grad.{part}"
+        found |= {
+            f"{name_of_part}.{name}"
+            for name, value in vars(import_module(name_of_part)).items()
+            if not name.startswith("_") and getattr(value, "__module__", None) == name_of_part
+        }
+    return sorted(found)
+
+
+def home(module: ModuleType, name: str) -> str:
+    """The full name under which a re-exported object was defined."""
+    value = getattr(module, name)
+    origin = str(getattr(value, "__module__", ""))
+    return f"{origin}.{name}" if origin.startswith("lightning_grad.") else f"{module.__name__}.{name}"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add one reference page per room."""
+    index = ["# Reference", "", "Generated from the docstrings.", ""]
+    for room in rooms():
+        names = public_names(room)
+        if not names:
+            continue
+        summary = (import_module(f"lightning_grad.{room}").__doc__ or "").strip()
+        lines = [f"# lightning_grad.{room}", "", summary, ""]
+        for name in names:
+            lines += [f"::: {name}", ""]
+        short = ", ".join(f"`{name.rpartition('.')[2]}`" for name in names)
+        index.append(f"- [lightning_grad.{room}]({room}.md): {short}")
+        files.append(File.generated(config, f"reference/{room}.md", content="\n".join(lines)))
+    files.append(File.generated(config, "reference/index.md", content="\n".join(index)))
+    return files
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn the formulas of a page into MathML."""
+
+    def draw(match: re.Match[str]) -> str:
+        display = "block" if match[2] == "[" else "inline"
+        return convert(html.unescape(match[3]).strip(), display=display)
+
+    return FORMULA.sub(draw, content)

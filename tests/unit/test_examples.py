@@ -1,0 +1,67 @@
+"""Every example, a few steps of it, through the command its README names."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CONFIGS = sorted(EXAMPLES.glob("*/config.yaml"))
+COMPARISONS = sorted(EXAMPLES.glob("*/compare.py"))
+COMMAND = re.compile(r"^lightning-grad (\w+) -c examples/(\S+?)/config\.yaml", re.MULTILINE)
+
+
+def named(path: Path) -> str:
+    return path.parent.name
+
+
+def command_of(readme: str) -> tuple[str, str] | None:
+    match = COMMAND.search(readme)
+    return (match[1], match[2]) if match else None
+
+
+def test_the_examples_are_found():
+    assert CONFIGS
+
+
+def test_the_command_is_read_from_a_readme():
+    assert command_of("text\n```\nlightning-grad fit -c examples/a/config.yaml --x 1\n```\n") == ("fit", "a")
+    assert command_of("lightning-grad fit -c other/config.yaml") is None
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=named)
+def test_example_runs(config, tmp_path, monkeypatch, capsys):
+    from lightning_grad.cli import main
+
+    readme = (config.parent / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 40, "the README of an example has at most 40 lines"
+    command = command_of(readme)
+    assert command is not None, "the README does not name `lightning-grad fit -c examples/NAME/config.yaml`"
+    subcommand, name = command
+    assert name == config.parent.name, "the README names another example's config"
+    monkeypatch.chdir(tmp_path)
+    short = [
+        "--trainer.max_steps=3",
+        "--trainer.limit_val_batches=1",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    assert main([subcommand, "-c", str(config), *short]) == 0
+
+
+@pytest.mark.parametrize("script", COMPARISONS, ids=named)
+def test_comparison_runs(script, tmp_path, monkeypatch, capsys):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), "--short"])
+    before = {path: path.stat().st_mtime_ns for path in script.parent.iterdir()}
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.strip(), "a comparison prints its table"
+    changed = [path.name for path in script.parent.iterdir() if before.get(path) != path.stat().st_mtime_ns]
+    assert not [name for name in changed if name != "__pycache__"], "a short run must not overwrite the example's files"
