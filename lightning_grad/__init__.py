@@ -10,6 +10,8 @@ from lightning_grad.optim import AdaGradNorm, DiffGrad
 
 __version__ = "0.1.0.dev0"
 
+from lightning_grad.optim.groups import param_groups
+
 __all__ = [
     "AdaGradNorm",
     "ChecksumCheckpointIO",
@@ -18,4 +20,5 @@ __all__ = [
     "ResumableDataLoader",
     "ResumableSampler",
     "__version__",
+    "param_groups",
 ]
