@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 import lightning_grad
 from lightning_grad._cli_errors import ConfigError, locate, one_line
 from lightning_grad._cli_optimizers import Interval, OptimizerPlan
+from lightning_grad.callbacks import RandomStateCheckpoint
 from lightning_grad.optim.groups import OptimizerGroup
 
 
@@ -226,9 +227,8 @@ class LightningGradCLI(LightningCLI):
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         callbacks.append(_SetupErrors())
         exact = bool(section.get("exact_resume"))
-        random_state = getattr(lightning_grad, "RandomStateCheckpoint", None)
-        if exact and random_state is not None and not any(isinstance(c, random_state) for c in callbacks):
-            callbacks.append(random_state())
+        if exact and not any(isinstance(c, RandomStateCheckpoint) for c in callbacks):
+            callbacks.append(RandomStateCheckpoint())
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         if exact:
             _use_checksums(trainer, configured.get("plugins"))
