@@ -7,7 +7,6 @@ from lightning_grad.callbacks import RandomStateCheckpoint
 from lightning_grad.checkpoint_io import ChecksumCheckpointIO
 from lightning_grad.data import ResumableDataLoader, ResumableSampler
 from lightning_grad.optim import AdaGradNorm, DiffGrad
-from lightning_grad.optim import DiffGrad
 from lightning_grad.optim.groups import param_groups
 
 __version__ = "0.1.0.dev0"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import lightning
 import torch
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
@@ -25,6 +25,7 @@ import lightning_grad
 from lightning_grad._cli_errors import ConfigError, locate, one_line
 from lightning_grad._cli_optimizers import Interval, OptimizerPlan
 from lightning_grad.callbacks import RandomStateCheckpoint
+from lightning_grad.checkpoint_io import ChecksumCheckpointIO
 from lightning_grad.optim.groups import OptimizerGroup
 
 
@@ -287,16 +288,14 @@ def _exists(path: str) -> bool:
 
 def _use_checksums(trainer: Trainer, plugins: Any) -> None:
     """Give the strategy our checksummed CheckpointIO where it writes single files and nobody chose another one."""
-    checksums = getattr(lightning_grad, "ChecksumCheckpointIO", None)
     strategy = trainer.strategy
     chosen = plugins if isinstance(plugins, list | tuple) else [plugins]
     if (
-        checksums is not None
-        and isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+        isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
         and type(strategy.checkpoint_io) is TorchCheckpointIO
-        and not any(isinstance(plugin, TorchCheckpointIO) for plugin in chosen)
+        and not any(isinstance(plugin, CheckpointIO) for plugin in chosen)
     ):
-        strategy.checkpoint_io = checksums()
+        strategy.checkpoint_io = ChecksumCheckpointIO()
 
 
 def _exit(prog: str, text: str) -> NoReturn:

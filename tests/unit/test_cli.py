@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_grad import ChecksumCheckpointIO, RandomStateCheckpoint
 from lightning_grad import cli as command
 from lightning_grad.cli import LightningGradCLI, Tool, main
 
@@ -195,6 +197,18 @@ def test_a_model_in_the_current_folder_can_be_named(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
     Path("my_local_model.py").write_text("from tests.cli_models import Tiny\nclass Mine(Tiny):\n    pass\n")
     assert main(["fit", "--model=my_local_model.Mine", *DATA, *QUIET, *SGD]) == 0
+
+
+def test_exact_resume_is_on_and_not_doubled():
+    cli = run("Tiny", *SGD)
+    assert sum(isinstance(c, RandomStateCheckpoint) for c in cli.trainer.callbacks) == 1
+    assert type(cli.trainer.strategy.checkpoint_io) is ChecksumCheckpointIO
+    cli = run("Tiny", *SGD, "--trainer.callbacks=RandomStateCheckpoint", "--trainer.plugins=TorchCheckpointIO")
+    assert sum(isinstance(c, RandomStateCheckpoint) for c in cli.trainer.callbacks) == 1
+    assert type(cli.trainer.strategy.checkpoint_io) is TorchCheckpointIO
+    cli = run("Tiny", *SGD, "--exact_resume=false")
+    assert not any(isinstance(c, RandomStateCheckpoint) for c in cli.trainer.callbacks)
+    assert type(cli.trainer.strategy.checkpoint_io) is TorchCheckpointIO
 
 
 def test_version(capsys):
