@@ -215,13 +215,17 @@ class RuleOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
-            work: Work = [
-                (group, [(unit, self._hyper(group, unit)) for unit in plan.units])
-                for group, plan in zip(self.param_groups, plans, strict=True)
-                if plan is not None
-            ]
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._update()
+        return loss
+
+    def _update(self) -> None:
+        plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
+        work: Work = [
+            (group, [(unit, self._hyper(group, unit)) for unit in plan.units])
+            for group, plan in zip(self.param_groups, plans, strict=True)
+            if plan is not None
+        ]
         if work and self.kind == "global":
             self._measure_all(work)
         for group, units in work:
@@ -229,9 +233,7 @@ class RuleOptimizer(Optimizer):
                 if group["differentiable"]:
                     self._run_differentiable(group, unit, h)
                 else:
-                    with torch.no_grad():
-                        self._run(group, unit, h)
-        return loss
+                    self._run(group, unit, h)
 
     # ---- planning -----------------------------------------------------------------------------------------------
 
@@ -322,10 +324,9 @@ class RuleOptimizer(Optimizer):
             on_host = not (group["capturable"] or group["differentiable"])
             total: Any = 0.0
             for unit, h in units:
-                with torch.set_grad_enabled(group["differentiable"]):
-                    for p, g, s in self._pieces(group, unit):
-                        part = self.measure(p, g, s, h).double()
-                        total = total + (part.item() if on_host and part.device.type == "cpu" else part)
+                for p, g, s in self._pieces(group, unit):
+                    part = self.measure(p, g, s, h).double()
+                    total = total + (part.item() if on_host and part.device.type == "cpu" else part)
             totals.append(total)
         scalars = self.prologue([group for group, _ in work], totals)
         for (_, units), extra in zip(work, scalars, strict=True):
@@ -338,7 +339,11 @@ class RuleOptimizer(Optimizer):
         if unit.listed:
             for member in unit.members:
                 state = {name: _real(member.state[name]).to(dtype) for name in self.state_names(group)}
-                yield _real(member.param).to(dtype), _real(cast(Tensor, member.param.grad)).to(dtype) * sign, state
+                yield (
+                    _real(member.param).clone().to(dtype),
+                    _real(cast(Tensor, member.param.grad)).to(dtype) * sign,
+                    state,
+                )
             return
         p, g = load(unit)
         size = self._block(p)
@@ -386,7 +391,8 @@ class RuleOptimizer(Optimizer):
 
     def _run_differentiable(self, group: Group, unit: Unit, h: Hyper) -> None:
         for member in unit.members:
-            p, g, dtype = _real(member.param), _real(cast(Tensor, member.param.grad)), unit.compute_dtype
+            # a copy: the rule's graph must not see the in-place change below
+            p, g, dtype = _real(member.param).clone(), _real(cast(Tensor, member.param.grad)), unit.compute_dtype
             s = {name: _real(member.state[name]).to(dtype) for name in self.state_names(group)}
             new_p, new_s = self.rule(p.to(dtype), -g.to(dtype) if group["maximize"] else g.to(dtype), s, h)
             new_p = stochastic_round(new_p) if group["stochastic_rounding"] else new_p

@@ -1,0 +1,113 @@
+"""One line per optimizer: joining this list is all a new optimizer does to get every test of the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import inf, nan
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_grad.optim import AdaGradNorm, DiffGrad
+from tests.conformance import recurrences as paper
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Values at which the optimizer is one of torch's, and the gradients (default: random) for which it is."""
+
+    kwargs: dict[str, Any]
+    twin: Callable[..., Optimizer]
+    tolerance: float  # absolute, after 60 steps in float64
+    gradient: Callable[[int, Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """An optimizer and what the suite needs to know about it."""
+
+    cls: type[Optimizer]
+    recurrence: Callable[..., paper.Recurrence]
+    kwargs: tuple[dict[str, Any], ...]  # settings to run; the first is also used where one is enough
+    limits: tuple[Limit, ...] = ()
+    refused: tuple[tuple[str, Any, str], ...] = ()  # argument, value, text; the common arguments are known
+    elementwise: bool = True  # the update of an element depends on nothing else
+    rests: bool = True  # zero gradients without decay move nothing
+
+
+def alternating(size: float) -> Callable[[int, Tensor], Tensor]:
+    return lambda t, p: torch.full_like(p, size * (-1) ** t)
+
+
+# Common arguments: values that every optimizer with such an argument refuses, and the text.
+REFUSED = {
+    "lr": [(v, f"lr must be >= 0 and finite, got {v}") for v in (-1.0, nan, inf, -inf)],
+    "betas": [
+        ((1.0, 0.9), "betas[0] must lie in [0, 1), got 1.0"),
+        ((0.9, 1.0), "betas[1] must lie in [0, 1), got 1.0"),
+        ((0.9, -0.1), "betas[1] must lie in [0, 1), got -0.1"),
+        ((nan, 0.9), "betas[0] must lie in [0, 1), got nan"),
+    ],
+    "momentum": [(v, f"momentum must lie in [0, 1), got {v}") for v in (1.0, -0.1, nan)],
+    "wd_ratio": [(v, f"wd_ratio must lie in [0, 1], got {v}") for v in (1.1, -0.1, nan)],
+    **{
+        name: [(v, f"{name} must be >= 0, got {v}") for v in (-1.0, nan, -inf)]
+        for name in ("eps", "weight_decay", "delta", "b0", "temperature")
+    },
+}
+
+CASES = [
+    Case(
+        DiffGrad,
+        paper.diffgrad,
+        (
+            {"lr": 1e-2, "weight_decay": 0.1},
+            {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1, "decoupled_weight_decay": True},
+        ),
+        limits=(Limit({"lr": 1e-2}, partial(torch.optim.Adam, lr=1e-2), 1e-14, alternating(1e3)),),
+    ),
+    Case(
+        AdaGradNorm,
+        paper.adagrad_norm,
+        ({"lr": 0.3, "weight_decay": 0.1}, {"lr": 0.3, "b0": 0.0}),
+        refused=(("scope", "tensor", "`scope` must be one of 'global', 'group', got 'tensor'."),),
+        elementwise=False,
+    ),
+]
+
+SHAPES = [(3, 4), (5,), (), (2, 3, 3, 3), (6, 1), (1, 7), (260, 130), (4, 4)]  # (260, 130) is not put in a bucket
+
+
+def make_params(
+    dtype: torch.dtype = torch.float64, shapes: list[tuple[int, ...]] = SHAPES, seed: int = 0
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def gradient(step: int, index: int, param: Tensor) -> Tensor:
+    """A gradient that depends on the step and the parameter's index only."""
+    generator = torch.Generator().manual_seed(1000 * step + index)
+    dtype = torch.complex128 if param.is_complex() else torch.float64
+    return torch.randn(param.shape, generator=generator, dtype=dtype).to(param.dtype)
+
+
+def run(optimizer: Optimizer, params: list[Tensor], steps: range) -> None:
+    for step in steps:
+        for index, param in enumerate(params):
+            param.grad = gradient(step, index, param)
+        optimizer.step()
+
+
+def to_numpy(tensors: list[Tensor]) -> list[np.ndarray]:
+    return [t.detach().to(torch.float64).numpy().copy() for t in tensors]
+
+
+def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
+    pairs = zip(a, b, strict=True)
+    return max((p.detach().to(q.dtype) - q.detach()).abs().max().item() for p, q in pairs if p.numel())

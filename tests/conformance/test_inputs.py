@@ -1,0 +1,179 @@
+"""Every optimizer: layouts, dtypes and gradients of every kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.conformance.cases import (
+    Case,
+    gradient,
+    largest_difference,
+    make_params,
+    run,
+)
+from tests.conformance.common import (
+    MODES,
+    all_equal,
+    every,
+    every_mode,
+    still,
+)
+
+
+@every
+@every_mode
+def test_layout_does_not_change_the_result(case: Case, mode: str) -> None:
+    shapes = [(4, 3, 5, 2), (7, 6), (8, 3), (250, 160), (40, 2, 30, 20)]
+    plain, odd = make_params(shapes=shapes), make_params(shapes=shapes)
+    odd[0].data = odd[0].data.contiguous(memory_format=torch.channels_last)
+    odd[1].data = odd[1].data.t().contiguous().t()
+    odd[2].data = torch.stack([odd[2].data, odd[2].data], -1)[..., 0]  # gaps
+    odd[3].data = odd[3].data.t().contiguous().t()
+    odd[4].data = odd[4].data.contiguous(memory_format=torch.channels_last)
+    a, b = (case.cls(p, **case.kwargs[0], **MODES[mode]) for p in (plain, odd))
+    run(a, plain, range(4))
+    run(b, odd, range(4))
+    # sums over a tensor may be taken in another order
+    assert largest_difference(plain, odd) <= (0.0 if case.elementwise and mode != "foreach" else 1e-12)
+    assert odd[0].is_contiguous(memory_format=torch.channels_last)
+    for p in odd:
+        assert all(v.shape == p.shape for k, v in b.state[p].items() if k in type(b).state_spec)
+
+
+@every
+@every_mode
+def test_empty_parameters_are_passed_over(case: Case, mode: str) -> None:
+    params = [*make_params(shapes=[(3,), (0, 4), (0,)])]
+    run(case.cls(params, **case.kwargs[0], **MODES[mode]), params, range(2))
+    assert all(p.isfinite().all() for p in params)
+
+
+@every
+@every_mode
+def test_complex_parameters_are_pairs_of_real_ones(case: Case, mode: str) -> None:
+    pairs = make_params(shapes=[(6, 2), (2,), (150, 150, 2)])
+    numbers = [torch.view_as_complex(p.detach()).clone().requires_grad_() for p in pairs]
+    a, b = (case.cls(p, **case.kwargs[0], **MODES[mode]) for p in (pairs, numbers))
+    for step in range(4):
+        for index, (p, z) in enumerate(zip(pairs, numbers, strict=True)):
+            z.grad = gradient(step, index, z)
+            p.grad = torch.view_as_real(z.grad).clone()
+        a.step()
+        b.step()
+    if case.elementwise or all(p.ndim == 1 for p in numbers):
+        assert largest_difference([torch.view_as_real(z) for z in numbers], pairs) <= 1e-14
+    assert all(v.is_complex() for z in numbers for k, v in b.state[z].items() if k in type(b).state_spec)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_computes_in_float32_and_rounds_once(case: Case, dtype: torch.dtype) -> None:
+    low = make_params(dtype)
+    high = [p.detach().float().requires_grad_() for p in low]
+    a, b = case.cls(low, **case.kwargs[0]), case.cls(high, **case.kwargs[0])
+    torch.manual_seed(0)
+    run(a, low, range(1))
+    torch.manual_seed(0)
+    for index, (p, q) in enumerate(zip(low, high, strict=True)):
+        q.grad = gradient(0, index, p).float()
+    b.step()
+    # equal but for values that lie at a rounding boundary, where the last bit of float32 decides
+    for p, q in zip(low, high, strict=True):
+        assert (p != q.to(dtype)).double().mean() <= 1e-3
+
+
+@every
+@every_mode
+def test_float32_state_makes_bfloat16_follow_float32(case: Case, mode: str) -> None:
+    params = make_params(torch.bfloat16)
+    optimizer = case.cls(params, **case.kwargs[0], **MODES[mode], state_dtype="float32")
+    run(optimizer, params, range(3))
+    for p in params:
+        for name, value in optimizer.state[p].items():
+            assert value.dtype is torch.float32, name
+    assert all(p.dtype is torch.bfloat16 for p in params)
+
+
+@every
+def test_stochastic_rounding_moves_bfloat16_by_steps_below_its_resolution(case: Case) -> None:
+    switches = {"state_dtype": "float32", "stochastic_rounding": True}
+    params = [torch.ones(40000, dtype=torch.bfloat16, requires_grad=True)]
+    exact = [torch.ones(40000, requires_grad=True)]
+    kwargs = {**still(case), "lr": 1e-4 * (200 if not case.elementwise else 1)}
+    a, b = case.cls(params, **kwargs, **switches), case.cls(exact, **kwargs)
+    for p, o in ((params[0], a), (exact[0], b)):
+        torch.manual_seed(0)
+        for _ in range(3):
+            p.grad = torch.ones_like(p)
+            o.step()
+    moved = 1 - exact[0].double().mean().item()
+    assert moved > 0
+    # the variance of one rounding is at most (2^-8 / 2)^2, and there are three
+    error = 3**0.5 * 2**-9 / 40000**0.5
+    assert abs((1 - params[0].double().mean().item()) - moved) <= 5 * error
+
+
+@every
+def test_stochastic_rounding_needs_bfloat16(case: Case) -> None:
+    params = make_params(torch.float32)
+    optimizer = case.cls(params, **case.kwargs[0], stochastic_rounding=True)
+    params[2].grad = torch.ones_like(params[2])
+    with pytest.raises(ValueError, match=r"stochastic_rounding needs bfloat16 .* got torch.float32 for parameter 2"):
+        optimizer.step()
+
+
+@every
+def test_sparse_gradients_are_refused_by_name(case: Case) -> None:
+    p = torch.ones(4, 3, requires_grad=True)
+    p.grad = torch.eye(4)[:, :3].to_sparse()
+    with pytest.raises(
+        RuntimeError, match=f"{case.cls.__name__} does not support sparse gradients; use torch.optim.Sp"
+    ):
+        case.cls([p], **case.kwargs[0]).step()
+    assert torch.equal(p, torch.ones(4, 3))
+
+
+@every
+def test_nan_gradients_spread_only_where_they_are(case: Case) -> None:
+    p = torch.ones(6, requires_grad=True)
+    p.grad = torch.tensor([1.0, float("nan"), 1.0, 1.0, 1.0, 1.0])
+    case.cls([p], **case.kwargs[0]).step()
+    assert p[1].isnan()
+    assert not case.elementwise or p.isnan().sum() == 1
+
+
+@every
+def test_gradients_are_untouched_and_may_be_reused(case: Case) -> None:
+    a, b = make_params(), make_params()
+    fresh, reused = case.cls(a, **case.kwargs[0], maximize=True), case.cls(b, **case.kwargs[0], maximize=True)
+    for p in b:
+        p.grad = torch.empty_like(p)
+    torch.manual_seed(0)
+    run(fresh, a, range(4))
+    torch.manual_seed(0)
+    for step in range(4):
+        for index, p in enumerate(b):
+            p.grad.copy_(gradient(step, index, p))
+        reused.step()
+        assert all(torch.equal(p.grad, gradient(step, i, p)) for i, p in enumerate(b))
+    assert all_equal(a, b)
+
+
+@every
+def test_a_parameter_may_change_its_storage_between_steps(case: Case) -> None:
+    a, b = make_params(), make_params()
+    moved, left = case.cls(a, **case.kwargs[0]), case.cls(b, **case.kwargs[0])
+    torch.manual_seed(0)
+    run(left, b, range(4))
+    torch.manual_seed(0)
+    run(moved, a, range(2))
+    for p in a:
+        p.data = p.data.clone()
+    run(moved, a, range(2, 4))
+    assert all_equal(a, b)
+    for p in a:
+        p.data = p.data.float()
+        p.grad = None
+    run(moved, a, range(4, 5))
+    assert all(p.isfinite().all() for p in a)

@@ -1,0 +1,165 @@
+"""Every optimizer: state is saved, loaded, copied and kept without loss."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from tests.conformance.cases import (
+    Case,
+    gradient,
+    make_params,
+    run,
+)
+from tests.conformance.common import (
+    DTYPES,
+    MODES,
+    all_equal,
+    clones,
+    every,
+    every_mode,
+    through_file,
+)
+
+
+@every
+@every_mode
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("state_dtype", ["param", "float32"])
+def test_resume_is_bit_exact(case: Case, mode: str, dtype: torch.dtype, state_dtype: str) -> None:
+    switches = {**MODES[mode], "state_dtype": state_dtype}
+    if dtype is torch.bfloat16:
+        switches["stochastic_rounding"] = True
+    a = make_params(dtype)
+    first = case.cls(a, **case.kwargs[0], **switches)
+    run(first, a, range(3))
+    b = clones(a)
+    second = case.cls(b, **{**case.kwargs[0], "lr": 7.0}, **switches)
+    second.load_state_dict(through_file(first.state_dict()))
+    random_state = torch.get_rng_state()
+    run(first, a, range(3, 7))
+    torch.set_rng_state(random_state)
+    run(second, b, range(3, 7))
+    assert all_equal(a, b)
+    for p, q in zip(a, b, strict=True):
+        for name, value in first.state[p].items():
+            assert torch.equal(value, second.state[q][name])
+            assert value.dtype is second.state[q][name].dtype
+
+
+@pytest.mark.slow
+@every
+def test_resume_is_bit_exact_compiled(case: Case) -> None:
+    a = make_params(torch.float32)
+    first = case.cls(a, **case.kwargs[0], compile=True)
+    run(first, a, range(3))
+    b = clones(a)
+    second = case.cls(b, **case.kwargs[0], compile=True)
+    second.load_state_dict(through_file(first.state_dict()))
+    run(first, a, range(3, 6))
+    run(second, b, range(3, 6))
+    assert all_equal(a, b)
+
+
+@every
+def test_resume_is_bit_exact_differentiable(case: Case) -> None:
+    a = [p.detach() for p in make_params()]
+    first = case.cls(a, **case.kwargs[0], differentiable=True)
+    run(first, a, range(3))
+    b = [p.clone() for p in a]
+    second = case.cls(b, **case.kwargs[0], differentiable=True)
+    second.load_state_dict(through_file(first.state_dict()))
+    run(first, a, range(3, 6))
+    run(second, b, range(3, 6))
+    assert all_equal(a, b)
+
+
+@every
+def test_resume_is_bit_exact_where_gradients_come_and_go(case: Case) -> None:
+    def go(optimizer: Any, params: list[Tensor], steps: range) -> None:
+        for step in steps:
+            for index, p in enumerate(params):
+                p.grad = gradient(step, index, p) if (step + index) % 3 else None
+            optimizer.step()
+
+    a = make_params(torch.float32)
+    first = case.cls(a, **case.kwargs[0])
+    go(first, a, range(5))
+    b = clones(a)
+    second = case.cls(b, **case.kwargs[0])
+    second.load_state_dict(through_file(first.state_dict()))
+    go(first, a, range(5, 12))
+    go(second, b, range(5, 12))
+    assert all_equal(a, b)
+
+
+@every
+def test_copies_and_pickles_go_on_alike(case: Case) -> None:
+    a = make_params()
+    first = case.cls(a, **case.kwargs[0])
+    run(first, a, range(2))
+    copied, q = copy.deepcopy((first, a))
+    unpickled, r = pickle.loads(pickle.dumps((first, a)))
+    for optimizer, params in ((first, a), (copied, q), (unpickled, r)):
+        run(optimizer, params, range(2, 5))
+    assert all_equal(a, q)
+    assert all_equal(a, r)
+
+
+@every
+@every_mode
+def test_nothing_is_shared_after_loading(case: Case, mode: str) -> None:
+    a, b = make_params(), make_params()
+    first, second = case.cls(a, **case.kwargs[0], **MODES[mode]), case.cls(b, **case.kwargs[0], **MODES[mode])
+    run(first, a, range(2))
+    saved = first.state_dict()
+    second.load_state_dict(saved)
+
+    def storages(tensors: Any) -> set[int]:
+        return {t.untyped_storage().data_ptr() for t in tree_leaves(tensors) if isinstance(t, Tensor)}
+
+    live, copied, loaded = (storages(x) for x in (dict(first.state), saved["state"], dict(second.state)))
+    assert not live & copied
+    assert not live & loaded
+    assert not copied & loaded
+    for t in tree_leaves(saved["state"]):  # a view of a bucket would be written with the whole bucket
+        assert t.untyped_storage().nbytes() == t.numel() * t.element_size()
+
+
+@every
+def test_state_keeps_its_values_through_a_change_of_device_and_dtype(case: Case) -> None:
+    params = make_params(torch.float32)
+    optimizer = case.cls(params, **case.kwargs[0])
+    run(optimizer, params, range(2))
+    for p in params:  # what Lightning does after loading
+        for name, value in optimizer.state[p].items():
+            optimizer.state[p][name] = value.to("cpu", copy=True) if name != "step" else value
+    reference = clones(params)
+    other = case.cls(reference, **case.kwargs[0])
+    other.load_state_dict(optimizer.state_dict())
+    run(optimizer, params, range(2, 4))
+    run(other, reference, range(2, 4))
+    assert all_equal(params, reference)
+
+
+@every
+def test_foreign_checkpoints_are_refused_by_key(case: Case) -> None:
+    params = make_params()
+    optimizer = case.cls(params, **case.kwargs[0])
+    run(optimizer, params, range(1))
+    saved = optimizer.state_dict()
+    saved["state"][0]["momentum_of_another"] = torch.zeros(3)
+    with pytest.raises(KeyError, match=f"{case.cls.__name__}: .* unknown `momentum_of_another`"):
+        optimizer.load_state_dict(saved)
+    saved = optimizer.state_dict()
+    key = next((k for k in case.cls.state_spec), "step")
+    if len(saved["state"][1]) > 1:
+        del saved["state"][1][key]
+        with pytest.raises(KeyError, match=f"{case.cls.__name__}: .* parameter 1 has no `{key}`"):
+            optimizer.load_state_dict(saved)
