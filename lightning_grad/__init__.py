@@ -3,7 +3,7 @@
 Importing this package makes the bare class names below usable in LightningCLI YAML.
 """
 
-from lightning_grad.callbacks import RandomStateCheckpoint
+from lightning_grad.callbacks import OptimizerStats, RandomStateCheckpoint
 from lightning_grad.checkpoint_io import ChecksumCheckpointIO
 from lightning_grad.data import ResumableDataLoader, ResumableSampler
 from lightning_grad.optim import AdaGradNorm, DiffGrad
@@ -15,6 +15,7 @@ __all__ = [
     "AdaGradNorm",
     "ChecksumCheckpointIO",
     "DiffGrad",
+    "OptimizerStats",
     "RandomStateCheckpoint",
     "ResumableDataLoader",
     "ResumableSampler",

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_grad._validate import check_int, check_range
-from lightning_grad.demos._loaders import eval_loader, train_loader
+from lightning_grad.data import ResumableDataLoader
 
 Batch = tuple[Tensor, Tensor]
 
@@ -81,14 +81,24 @@ class DigitsData(pl.LightningDataModule):
         self.val_set = TensorDataset(images[val], labels[val])
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training images."""
+        """Shuffled training images; the order depends on ``seed`` and the epoch, and survives a checkpoint."""
         assert self.train_set is not None, "call setup() first"
-        return train_loader(self.train_set, self.batch_size, self.seed, self.num_workers)
+        return ResumableDataLoader(
+            self.train_set,
+            batch_size=self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            seed=self.seed,
+            num_workers=self.num_workers,
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation images in order."""
         assert self.val_set is not None, "call setup() first"
-        return eval_loader(self.val_set, self.batch_size, self.num_workers)
+        # a generator of its own: otherwise each pass over the loader draws from the global random state
+        return DataLoader(
+            self.val_set, self.batch_size, num_workers=self.num_workers, generator=torch.Generator().manual_seed(0)
+        )
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Same as :meth:`val_dataloader`: the demos choose nothing by validation."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_grad._validate import check_int, check_range
+from lightning_grad.data import ResumableDataLoader
 from lightning_grad.demos._corpus import read_corpus, standard_library
-from lightning_grad.demos._loaders import eval_loader, train_loader
 
 Sequence = tuple[Tensor, Tensor]
 
@@ -116,14 +117,24 @@ class SourceText(pl.LightningDataModule):
         self.val_set = ByteBlocks(val, self.block_size, stride=max(self.block_size, spread))
 
     def train_dataloader(self) -> DataLoader[Sequence]:
-        """Shuffled training blocks."""
+        """Shuffled training blocks; the order depends on ``seed`` and the epoch, and survives a checkpoint."""
         assert self.train_set is not None, "call setup() first"
-        return train_loader(self.train_set, self.batch_size, self.seed, self.num_workers)
+        return ResumableDataLoader(
+            self.train_set,
+            batch_size=self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            seed=self.seed,
+            num_workers=self.num_workers,
+        )
 
     def val_dataloader(self) -> DataLoader[Sequence]:
         """Validation blocks in order."""
         assert self.val_set is not None, "call setup() first"
-        return eval_loader(self.val_set, self.batch_size, self.num_workers)
+        # a generator of its own: otherwise each pass over the loader draws from the global random state
+        return DataLoader(
+            self.val_set, self.batch_size, num_workers=self.num_workers, generator=torch.Generator().manual_seed(0)
+        )
 
     def test_dataloader(self) -> DataLoader[Sequence]:
         """Same as :meth:`val_dataloader`: the demos choose nothing by validation."""

