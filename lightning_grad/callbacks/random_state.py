@@ -83,15 +83,32 @@ class RandomStateCheckpoint(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_positions(trainer)
-        pending, self._pending = self._pending, None
-        if pending is None:
+        self._restore_pending(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._pending = None
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._pending is not None:
+            # Resumed at the last batch of an epoch, Lightning makes the iterator of the validation that it leaves out.
+            # It calls no on_train_epoch_start then, so no hook of the user can have drawn in between.
+            self._restore_pending(trainer)
+            self._pending = None
+
+    def _restore_pending(self, trainer: pl.Trainer) -> None:
+        if self._pending is None:
             return
-        ranks = pending["ranks"]
+        ranks = self._pending["ranks"]
         if len(ranks) != trainer.world_size:
             rank_zero_warn(
                 f"RandomStateCheckpoint: the checkpoint holds the random states of {len(ranks)} processes, this run has"
                 f" {trainer.world_size}; they are not restored, so the run is not the one that was interrupted."
             )
+            self._pending = None
             return
         _restore(ranks[trainer.global_rank], self._device)
 

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_grad import RandomStateCheckpoint, ResumableDataLoader
+from lightning_grad import ChecksumCheckpointIO, RandomStateCheckpoint, ResumableDataLoader
 
 NUM_SAMPLES, BATCH_SIZE, CONTEXT = 22, 4, 16
 STEPS_PER_EPOCH = 6  # 22 samples in batches of 4: the last batch is smaller
@@ -37,6 +37,13 @@ class Case:
     model: type[pl.LightningModule] | None = None
     expect: Callable[[pl.Trainer], None] = lambda trainer: None
     loader: dict[str, Any] = field(default_factory=dict)
+
+    def __reduce__(self) -> Any:  # into a process of its own a case travels by name, so it may hold lambdas
+        return case_named, (self.name,)
+
+
+def case_named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
 
 
 class SourceBytes(Dataset[Tensor]):
@@ -86,6 +93,7 @@ class SmallGPT(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.case.optimizer(self.parameters())
+        self.trainer.fit_loop.setup_data()  # as `estimated_stepping_batches` does if max_steps is not given
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -117,12 +125,14 @@ def fit(
     saver = ModelCheckpoint(
         folder, "{step}", save_last=True, every_n_train_steps=every, save_top_k=-1 if keep else 1, monitor=None
     )
-    settings = {
+    settings: dict[str, Any] = {
         "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
         "enable_model_summary": False, "num_sanity_val_steps": 1, "max_steps": steps, "max_epochs": -1,
     }  # fmt: skip
     extra = [RandomStateCheckpoint(), *case.callbacks(), *callbacks, saver]
-    runner = pl.Trainer(**settings | case.trainer() | trainer, callbacks=extra)
+    settings |= case.trainer() | trainer
+    settings["plugins"] = [*settings.get("plugins", []), ChecksumCheckpointIO(require_checksum=True)]
+    runner = pl.Trainer(**settings, callbacks=extra)
     if ckpt_path is not None:
         pl.seed_everything(seed + 1, verbose=False)  # a resumed process has drawn other numbers by then
         torch.rand(7)
