@@ -63,7 +63,7 @@ def one_line(message: str, known_keys: Iterable[str] = ()) -> str:
         )
     if message.startswith("Problems parsing config"):
         return "The config file is not valid YAML: " + _joined(message.partition(":")[2])
-    if "\n" not in message and "Parser key" not in message:
+    if not re.search(r"Parser key|Does not validate against|Problem with given class_path", message):
         return _joined(message)
     findings = list(_findings(message))
     typed = [f for f in findings if f.text.startswith(("Expected a <", "Expected a typing"))]
@@ -214,12 +214,13 @@ def _import(path: str) -> Any:
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    options = list(known)
-    lowered = {option.lower(): option for option in options}
-    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
-    if not near:  # the last part alone may be right: `max_epochs` for `trainer.max_epochs`
-        near = [o.lower() for o in options if "." in o and o.rpartition(".")[2] == name][:1]
-    return f" Did you mean `{lowered[near[0]]}`?" if near else ""
+    lowered = {part.lower(): part for option in known for part in (option, option.partition(".")[0])}
+    while name:
+        near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
+        if near:
+            return f" Did you mean `{lowered[near[0]]}`?"
+        name = name.rpartition(".")[0]  # `modle.class_path`: the misspelt part is `modle`
+    return ""
 
 
 def _type_name(text: str) -> str:

@@ -46,7 +46,7 @@ _BAD_INPUT = (ValueError, MisconfigurationException, ModuleNotFoundError, FileNo
 class GradArgumentParser(LightningArgumentParser):
     """Reports a mistake as one line on stderr and exits with status 2.
 
-    ``JSONARGPARSE_DEBUG=1`` in the environment brings the traceback back.
+    ``JSONARGPARSE_DEBUG=true`` in the environment brings the traceback back.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -77,7 +77,7 @@ class GradArgumentParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with status 2."""
-        if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG", "").lower() in ("1", "true", "yes"):
+        if not self.exit_on_error or _debugging():
             super().error(message, ex)
         known = [key for parser in self.family for key in parser.get_defaults().keys()]  # noqa: SIM118 nested keys
         _exit(self.prog, one_line(message, known))
@@ -216,7 +216,7 @@ class LightningGradCLI(LightningCLI):
                 plan.check(self.model)
                 plan.attach(self.model)
         except _BAD_INPUT as error:
-            if isinstance(self.parser, GradArgumentParser) and not os.environ.get("JSONARGPARSE_DEBUG"):
+            if isinstance(self.parser, GradArgumentParser) and not _debugging():
                 self._refuse(locate(error, section.as_dict()))
             raise
 
@@ -298,6 +298,10 @@ def _use_checksums(trainer: Trainer, plugins: Any) -> None:
         strategy.checkpoint_io = ChecksumCheckpointIO()
 
 
+def _debugging() -> bool:
+    return os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true"
+
+
 def _exit(prog: str, text: str) -> NoReturn:
     print(f"{prog.split()[0]}: error: {' '.join(text.split())}", file=sys.stderr)
     raise SystemExit(2)
@@ -343,7 +347,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return _run_tool(words[0], words[1:])
         LightningGradCLI(args=words, parser_kwargs=dict(_parser_kwargs()))
     except (ConfigError, MisconfigurationException) as error:
-        if os.environ.get("JSONARGPARSE_DEBUG") or not (isinstance(error, ConfigError) or hasattr(error, "bad_input")):
+        if _debugging() or not (isinstance(error, ConfigError) or hasattr(error, "bad_input")):
             raise
         _exit("lightning-grad", one_line(str(error)))
     return 0

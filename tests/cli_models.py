@@ -132,3 +132,12 @@ class Crashes(Tiny):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         raise ValueError("a bug")
+
+
+class Misuses(Tiny):
+    """Asks Lightning for what it refuses, in the middle of training."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+        raise MisconfigurationException("not in the middle of training")

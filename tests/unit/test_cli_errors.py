@@ -1,0 +1,155 @@
+"""Bad input: one line on stderr that names the key, and exit status 2. A crash keeps its traceback."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_grad._cli_errors import one_line
+from lightning_grad.cli import main
+from tests.unit.test_cli import DATA, HERE, QUIET, SGD
+
+MODEL = [f"--model={HERE}Tiny"]
+
+
+@pytest.fixture(autouse=True)
+def _plain_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["lightning-grad"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("JSONARGPARSE_DEBUG", raising=False)
+
+
+def refused(capsys, words: list[str]) -> str:
+    """The one line. Lightning's own notes ("Seed set to 1") go through logging and warnings."""
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("lightning-grad: error: ")]
+    assert len(lines) == 1
+    assert err.strip().endswith(lines[0])
+    assert "Traceback" not in err
+    return lines[0].removeprefix("lightning-grad: error: ")
+
+
+CALLBACK = f"--trainer.callbacks={HERE}Picky"
+GROUPS = "--optimizer_groups="
+WORDS = [
+    # a misspelt argument
+    (["--trainer.max_epoch=3"], "`trainer.max_epoch` is not an option. Did you mean `trainer.max_epochs`?"),
+    (["--model.widht=3"], "`model`: Tiny has no argument `widht`. Did you mean `width`?"),
+    ([*SGD, "--optimizer.momentun=0.9"], "`optimizer`: SGD has no argument `momentun`. Did you mean `momentum`?"),
+    ([CALLBACK, "--trainer.callbacks.bta=3"], "`trainer.callbacks`: Picky has no argument `bta`. Did you mean `beta`?"),
+    (["--optimizer.lr=1"], "`optimizer`: name the class before its argument `lr`: --optimizer CLASS, or `class_path:`"),
+    # a value of the wrong type
+    (["--trainer.max_epochs=many"], "`trainer.max_epochs`: expected int, got 'many'."),
+    (["--model.width=wide"], "`model.width`: expected int, got 'wide'."),
+    ([*SGD, "--optimizer.lr=fast"], "`optimizer.lr`: expected float, got 'fast'."),
+    ([*SGD, "--lr_scheduler_interval=week"], "`lr_scheduler_interval`: expected 'epoch' or 'step', got 'week'."),
+    # a value out of range
+    (["--model.width=0"], "`model` (Tiny): `width` must be an integer >= 1, got 0."),
+    ([CALLBACK, "--trainer.callbacks.beta=3"], "`trainer.callbacks[0]` (Picky): `beta` must be in (0, 1), got 3.0."),
+    (["--optimizer=DiffGrad", "--optimizer.lr=-1"], "`optimizer` (DiffGrad): lr must be >= 0 and finite, got -1.0"),
+    (["--trainer.accelerator=abacus"], "`trainer`: You selected an invalid accelerator name"),
+    ([*SGD, "--lr_scheduler=StepLR", "--lr_scheduler.step_size=0.5"], "`lr_scheduler.step_size`: expected int"),
+    # a missing file
+    (["-c=nowhere.yaml"], "`config`: File does not exist: "),
+    (["--ckpt_path=nowhere.ckpt"], "`ckpt_path`: there is no checkpoint 'nowhere.ckpt'."),
+    # a wrong class path
+    (["--model=Tinny"], "`model`: no class named 'Tinny' is known. Did you mean `Tiny`?"),
+    (["--model=nowhere.Tiny"], "`model`: cannot import 'nowhere.Tiny': No module named 'nowhere'."),
+    ([f"--model={HERE}Tinny"], f"`model`: cannot import '{HERE}Tinny': module"),
+    (["--optimizer=DifGrad"], "`optimizer`: no class named 'DifGrad' is known. Did you mean `DiffGrad`?"),
+    # parameter groups
+    ([*SGD, GROUPS + '[{"params": ["hed.*"]}]'], "`optimizer_groups[0].params`: no parameter matches 'hed.*'."),
+    ([*SGD, GROUPS + '[{"parms": ["head.*"]}]'], "`optimizer_groups`: OptimizerGroup has no argument `parms`. Did"),
+    (
+        [*SGD, GROUPS + '[{"params": ["head.*"], "overrides": {"lrate": 1}}]'],
+        "`optimizer_groups[0].overrides`: SGD has no group setting `lrate`. It has dampening,",
+    ),
+    (
+        ["--optimizer=DiffGrad", GROUPS + '[{"params": ["head.*"], "overrides": {"lr": -2}}]'],
+        "`optimizer_groups[0].overrides` (DiffGrad): lr must be >= 0 and finite, got -2",
+    ),
+    (["--optimizer=Rprop", "--no_decay=[norm]"], "`no_decay`: Rprop has no `weight_decay`."),
+    (["--no_decay=[norm]"], "`no_decay` needs an `optimizer` in the config"),
+    # found when the run is set up
+    ([*SGD, f"--trainer.callbacks={HERE}RefusesAtStart"], "RefusesAtStart needs a map-style dataset. Use another one."),
+]
+
+
+@pytest.mark.parametrize(("words", "text"), WORDS, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_words(capsys, words: list[str], text: str):
+    assert refused(capsys, ["fit", *MODEL, *DATA, *QUIET, *words]).startswith(text)
+
+
+CONFIGS = [
+    ("trainer: {max_epoch: 3}", "`trainer.max_epoch` is not an option. Did you mean `trainer.max_epochs`?"),
+    ("modle: {a: 1}", "`modle.a` is not an option. Did you mean `model`?"),
+    ("fit: {seed_everything: 1}", "`fit.seed_everything` is not an option."),
+    ("trainer:\n  a: 1\n b: 2", "The config file is not valid YAML: "),
+    (
+        "trainer: {callbacks: [{class_path: LearningRateMonitor}, "
+        f"{{class_path: {HERE}Picky, init_args: {{b: 1}}}}]}}",
+        "`trainer.callbacks`: Picky has no argument `b`. It takes beta.",
+    ),
+    (
+        "trainer: {callbacks: [{class_path: LearningRateMonitor}, "
+        f"{{class_path: {HERE}Picky, init_args: {{beta: 1}}}}]}}",
+        "`trainer.callbacks[1]` (Picky): `beta` must be in (0, 1), got 1.0.",
+    ),
+    ("optimizer: {class_path: torch.optim.AdamV}", "`optimizer`: cannot import 'torch.optim.AdamV': module"),
+    ("lr_scheduler: {class_path: StepLR}\noptimizer: SGD", "`lr_scheduler`: StepLR needs a value for step_size."),
+]
+
+
+@pytest.mark.parametrize(("text", "line"), CONFIGS, ids=lambda v: v.split("\n")[0][:40])
+def test_configs(capsys, text: str, line: str):
+    Path("c.yaml").write_text(text)
+    assert refused(capsys, ["fit", *MODEL, *DATA, *QUIET, "-c", "c.yaml"]).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["fut"], "`fut` is no subcommand. Did you mean `fit`?"),
+        (["fit"], "`model` is required: set it in a config (-c FILE) or with --model."),
+        ([], 'expected "subcommand" to be one of {fit,validate,test,predict}'),
+        (["-c", "nowhere.yaml"], "`config`: File does not exist: "),
+    ],
+)
+def test_the_first_words(capsys, words: list[str], line: str):
+    assert refused(capsys, words).startswith(line)
+
+
+def test_a_refused_optimizer_leaves_no_log_folder(capsys):
+    words = [w for w in QUIET if "logger" not in w]
+    refused(capsys, ["fit", *MODEL, *DATA, *words, "--optimizer=DiffGrad", "--optimizer.lr=-1"])
+    assert list(Path(".").iterdir()) == []
+
+
+def test_a_crash_in_training_keeps_its_traceback():
+    with pytest.raises(ValueError, match="a bug"):
+        main(["fit", f"--model={HERE}Crashes", *DATA, *QUIET, *SGD])
+
+
+def test_misuse_inside_the_training_loop_is_a_crash():
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    with pytest.raises(MisconfigurationException):
+        main(["fit", f"--model={HERE}Misuses", *DATA, *QUIET, *SGD])
+
+
+def test_debug_brings_the_traceback_back(monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
+    with pytest.raises(ValueError, match="`width` must be"):
+        main(["fit", *MODEL, *DATA, *QUIET, "--model.width=0"])
+
+
+def test_any_message_becomes_one_line():
+    assert one_line("something\n  over\n\n lines") == "something over lines"
+    assert not re.search("\n", one_line('Parser key "x":\n  - odd\n  - things'))
