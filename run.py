@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 
 MINIMUM = (3, 11)
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -54,9 +55,9 @@ def say(text=""):
     print(text, flush=True)
 
 
-def in_venv(name):
+def in_venv(name, venv=None):
     folder, suffix = ("Scripts", ".exe") if os.name == "nt" else ("bin", "")
-    return os.path.join(VENV, folder, name + suffix)
+    return os.path.join(venv or VENV, folder, name + suffix)
 
 
 # -- the environment ---------------------------------------------------------------------------------------------------
@@ -225,15 +226,45 @@ def follow(command):
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 
-def call(*command, **options):
-    """Run a command in the repository root and return its exit status."""
+def call(*command, cwd=None):
+    """Run a command, by default in the repository root, and return its exit status."""
     say("$ " + " ".join(os.path.relpath(part, ROOT) if part.startswith(ROOT) else part for part in command))
-    return subprocess.run(list(command), cwd=options.get("cwd", ROOT), env=options.get("env")).returncode
+    environment = dict(os.environ, NO_MKDOCS_2_WARNING="1")
+    return subprocess.run(list(command), cwd=cwd or ROOT, env=environment).returncode
 
 
 def demo(options, rest):
     environment(EXTRAS["demo"])
-    raise UserError("examples/quickstart is not here yet.")
+    python = in_venv("python")
+    start = time.time()
+    say(f"\nTraining {QUICKSTART} on this machine's CPU; starting takes some seconds.")
+    status = call(python, "-m", "lightning_grad", "fit", "-c", QUICKSTART, *rest)
+    if status:
+        return status
+    log = newest_log(start)
+    if log is None:
+        say("The run wrote no TensorBoard log.")
+        return 0
+    say(f"\nTrained in {time.time() - start:.0f} s. First and last value of every curve:\n")
+    status = call(python, "-m", "lightning_grad.demos.report", log)
+    tensorboard = os.path.relpath(in_venv("tensorboard"), os.getcwd())
+    say(f"""
+Open next
+  the curves    {tensorboard} --logdir {os.path.relpath(os.path.dirname(log), os.getcwd())}    then http://localhost:6006
+  the settings  {QUICKSTART}: change a value and run the demo again
+  the guide     docs/index.md, or `python3 run.py docs` for the site""")
+    return status
+
+
+def newest_log(since):
+    """Return the directory of the newest TensorBoard log written after a moment, or None."""
+    found = []
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        times = [os.path.getmtime(os.path.join(folder, f)) for f in files if f.startswith("events.out.tfevents.")]
+        if times and max(times) >= since:
+            found.append((max(times), folder))
+    return max(found)[1] if found else None
 
 
 def lint(rest):
@@ -257,28 +288,32 @@ def package(rest):
         dist, clean = os.path.join(folder, "dist"), os.path.join(folder, "clean")
         if call(python, "-m", "build", "--no-isolation", "--outdir", dist):  # the wheel is built from the sdist
             return 1
-        call(python, "-m", "venv", "--without-pip", clean)
-        binaries = os.path.join(clean, os.path.relpath(os.path.dirname(python), VENV))
-        wheel = glob.glob(os.path.join(dist, "*.whl"))[0]
-        pip = [python, "-m", "pip", "--python", os.path.join(binaries, os.path.basename(python)), "install", "--quiet"]
-        if call(*pip, "--no-deps", wheel):
+        (wheel,) = glob.glob(os.path.join(dist, "*.whl"))
+        stray = [name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith("lightning_grad")]
+        if stray:
+            say(f"The wheel holds files outside the package: {stray[:5]}")
+            return 1
+        clean_python = in_venv("python", clean)
+        if call(python, "-m", "venv", "--without-pip", clean) or call(
+            python, "-m", "pip", "--python", clean_python, "install", "--quiet", "--no-deps", wheel
+        ):
             return 1
         # Folders named in a .pth file come after the environment's own and are not searched for further .pth files,
         # so the editable install of this checkout stays invisible.
-        ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        dependencies, own = (
-            subprocess.check_output([interpreter, "-c", ask]).decode().strip()
-            for interpreter in (python, os.path.join(binaries, os.path.basename(python)))
-        )
+        dependencies, own = (answer(p, "sysconfig.get_path('purelib')") for p in (python, clean_python))
         with open(os.path.join(own, "dependencies.pth"), "w", encoding="utf-8") as file:
             file.write(dependencies + "\n")
-        where = (
-            "import sys, lightning_grad as p; print(p.__version__, 'imported from', p.__file__);"
-            " sys.exit(not p.__file__.startswith(sys.prefix))"
-        )
-        return call(os.path.join(binaries, os.path.basename(python)), "-c", where, cwd=folder) or call(
-            os.path.join(binaries, os.path.basename(in_venv("lightning-grad"))), "--version", cwd=folder
-        )
+        origin = answer(clean_python, "importlib.util.find_spec('lightning_grad').origin", cwd=folder)
+        if not origin.startswith(own):
+            say(f"The clean environment would import {origin}, not the wheel.")
+            return 1
+        return call(in_venv("lightning-grad", clean), "--version", cwd=folder)
+
+
+def answer(python, expression, cwd=None):
+    """Evaluate an expression in another interpreter."""
+    code = "import importlib.util, sysconfig; print(" + expression + ")"
+    return subprocess.check_output([python, "-c", code], cwd=cwd or ROOT).decode().strip()
 
 
 def pages(rest):
