@@ -6,13 +6,15 @@ Importing this package makes the bare class names below usable in LightningCLI Y
 from lightning_grad.callbacks import OptimizerStats, RandomStateCheckpoint
 from lightning_grad.checkpoint_io import ChecksumCheckpointIO
 from lightning_grad.data import ResumableDataLoader, ResumableSampler
-from lightning_grad.optim import AdaGradNorm, DiffGrad
+from lightning_grad.optim import SGDP, AdaGradNorm, AdamP, DiffGrad
 from lightning_grad.optim.groups import param_groups
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "SGDP",
     "AdaGradNorm",
+    "AdamP",
     "ChecksumCheckpointIO",
     "DiffGrad",
     "OptimizerStats",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_grad.optim._buckets import Layout, Plan, Unit, compute_dtype_of, make_plan
+from lightning_grad.optim._buckets import Layout, Plan, Unit, make_plan
 from lightning_grad.optim._checks import check_group
 from lightning_grad.optim._math import TensorList, stochastic_round
 
@@ -114,6 +114,14 @@ class RuleOptimizer(Optimizer):
             totals: One sum per group: a number on CPU, else a 0-dim float64 tensor.
         """
         raise NotImplementedError
+
+    def unit_rule(self, unit: Unit) -> Rule:
+        """The rule for the flat tensors of a unit."""
+        return self.rule
+
+    def rule_for(self, param: Tensor, h: Hyper) -> Rule:
+        """The rule for one whole parameter."""
+        return self.rule
 
     def state_names(self, group: Group) -> Mapping[str, float]:
         """State names and fills that the group needs."""
@@ -314,7 +322,6 @@ class RuleOptimizer(Optimizer):
         if isinstance(lr, Tensor) and not (group["capturable"] or group["differentiable"]):
             values = {**values, "lr": lr.item()}
         h = self.hyper(values, step)
-        h["low_precision"] = unit.compute_dtype is torch.float32
         return {k: v.to(unit.compute_dtype) if isinstance(v, Tensor) else v for k, v in h.items()}
 
     def _measure_all(self, work: Work) -> None:
@@ -360,19 +367,24 @@ class RuleOptimizer(Optimizer):
         names = list(unit.state)
         tensors = [unit.state[name] for name in names]
         update = self._compiled_update(group, unit, names, h) if group["compile"] else None
-        if update is not None and self._try_compiled(update, p, g, tensors, h):
-            pass
-        else:
-            size = p.numel() if self.kind == "tensor" or group["foreach"] is False else self._block(p)
-            for parts in zip(p.split(size), g.split(size), *(t.split(size) for t in tensors), strict=True):
-                apply_rule(
-                    self.rule, names, unit.compute_dtype, group["maximize"], group["stochastic_rounding"],
-                    parts[0], parts[1], list(parts[2:]), h,
-                )  # fmt: skip
+        if update is None or not self._try_compiled(update, unit, p, g, tensors, h):
+            self._run_eager(group, unit, names, p, g, tensors, h)
         store(unit)
 
+    def _run_eager(
+        self, group: Group, unit: Unit, names: list[str], p: Tensor, g: Tensor, tensors: list[Tensor], h: Hyper
+    ) -> None:
+        whole = self.kind == "tensor" or (group["foreach"] is False and unit.compute_dtype is p.dtype)
+        size = p.shape[0] if whole else self._block(p)
+        for parts in zip(p.split(size), g.split(size), *(t.split(size) for t in tensors), strict=True):
+            apply_rule(
+                self.rule, names, unit.compute_dtype, group["maximize"], group["stochastic_rounding"],
+                parts[0], parts[1], list(parts[2:]), h,
+            )  # fmt: skip
+
     def _block(self, p: Tensor) -> int:
-        return self.block.get(p.device.type, self.block["cuda"])
+        """Rows (or elements) of a flat tensor that the eager rule works on at a time."""
+        return max(1, self.block.get(p.device.type, self.block["cuda"]) * p.shape[0] // p.numel())
 
     def _run_list(self, group: Group, unit: Unit, h: Hyper) -> None:
         dtype = unit.compute_dtype
@@ -394,7 +406,8 @@ class RuleOptimizer(Optimizer):
             # a copy: the rule's graph must not see the in-place change below
             p, g, dtype = _real(member.param).clone(), _real(cast(Tensor, member.param.grad)), unit.compute_dtype
             s = {name: _real(member.state[name]).to(dtype) for name in self.state_names(group)}
-            new_p, new_s = self.rule(p.to(dtype), -g.to(dtype) if group["maximize"] else g.to(dtype), s, h)
+            rule = self.rule_for(member.param, h)
+            new_p, new_s = rule(p.to(dtype), -g.to(dtype) if group["maximize"] else g.to(dtype), s, h)
             new_p = stochastic_round(new_p) if group["stochastic_rounding"] else new_p
             member.param.copy_(_like(new_p, member.param))
             for name, value in new_s.items():  # replaced, so that the graph of this step survives the next
@@ -422,15 +435,17 @@ class RuleOptimizer(Optimizer):
             _compiled[key] = torch.compile(update, dynamic=True, fullgraph=True)
         return _compiled[key]
 
-    def _try_compiled(self, update: Callable[..., None], p: Tensor, g: Tensor, tensors: list[Tensor], h: Hyper) -> bool:
-        dtype = compute_dtype_of(p)
+    def _try_compiled(
+        self, update: Callable[..., None], unit: Unit, p: Tensor, g: Tensor, tensors: list[Tensor], h: Hyper
+    ) -> bool:
+        dtype = unit.compute_dtype
         values = [v for v in h.values() if not isinstance(v, bool)]
         if any(isinstance(v, Tensor) for v in values):
             packed = torch.stack([torch.as_tensor(v, dtype=dtype, device=p.device) for v in values])
         else:
             packed = torch.tensor(values, dtype=dtype).to(p.device, non_blocking=True)
         try:
-            update(p, g, tensors, packed)
+            update(p, g, tensors, packed, unit.rows)
         except Exception as error:
             for key, known in _compiled.items():
                 if known is update:

@@ -57,7 +57,7 @@ class Unit:
     views: list[Tensor] = field(default_factory=list)  # gathered: places of the members in the scratch buffer
     grad_views: list[Tensor] = field(default_factory=list)
     scratch: tuple[Tensor, Tensor] | None = None
-    rows_of: Tensor | None = None  # rowwise, several members: the member of each row
+    rows: tuple[Tensor, ...] = ()  # rowwise, several members: the member of each row, and the rows of each member
     version: int = 0
 
     @property
@@ -212,8 +212,9 @@ def _flat_unit(group: list[Member], layout: Layout) -> Unit:
     for name, fill in layout.state.items():
         unit.state[name] = _flat_state(unit, name, fill, places, layout).view(unit.shape)
     if rowwise and len(group) > 1:
-        rows = torch.tensor([size // row for size in sizes])
-        unit.rows_of = torch.arange(len(group)).repeat_interleave(rows).to(unit.device)
+        counts = torch.tensor([size // row for size in sizes])
+        members = torch.arange(len(group)).repeat_interleave(counts)
+        unit.rows = (members.to(unit.device), counts.to(unit.device, unit.compute_dtype))
     if gathered:
         value, grad = layout.scratch(unit.device, unit.compute_dtype, total)
         unit.scratch = (value[:total].view(unit.shape), grad[:total].view(unit.shape))

@@ -12,7 +12,7 @@ from torch import Tensor
 _LARGEST = 1e10
 _NON_NEGATIVE = {"eps", "weight_decay", "delta", "b0", "temperature", "lam", "v_init", "lipschitz", "smoothness"}
 _FRACTION_BELOW_ONE = {"momentum", "alpha"}
-_FRACTION = {"wd_ratio"}
+_FRACTION = {"wd_ratio", "dampening"}
 _SWITCHES = ("maximize", "compile", "capturable", "differentiable", "decay_1d", "stochastic_rounding")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_grad.optim import AdaGradNorm, DiffGrad
+from lightning_grad.optim import SGDP, AdaGradNorm, AdamP, DiffGrad
 from tests.conformance import recurrences as paper
 
 
@@ -43,6 +43,9 @@ class Case:
 def alternating(size: float) -> Callable[[int, Tensor], Tensor]:
     return lambda t, p: torch.full_like(p, size * (-1) ** t)
 
+
+adamw = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+nesterov = partial(torch.optim.SGD, lr=1e-2, momentum=0.9, nesterov=True)
 
 # Common arguments: values that every optimizer with such an argument refuses, and the text.
 REFUSED = {
@@ -78,6 +81,35 @@ CASES = [
         refused=(("scope", "tensor", "`scope` must be one of 'global', 'group', got 'tensor'."),),
         elementwise=False,
     ),
+    Case(
+        AdamP,
+        paper.adamp,
+        (
+            {"lr": 1e-2, "weight_decay": 0.1, "delta": 2.0},  # random gradients: some weights of each kind
+            {"lr": 1e-2, "betas": (0.8, 0.9), "weight_decay": 0.1, "delta": 0.5, "wd_ratio": 0.5, "nesterov": True},
+            {"lr": 1e-2, "delta": 1e9},  # all weights are projected
+        ),
+        limits=(
+            Limit({"lr": 1e-2, "delta": 0.0, "weight_decay": 0.1}, adamw, 1e-14),
+            Limit({"lr": 1e-2, "weight_decay": 0.1, "delta": 0.5}, adamw, 1e-14, lambda t, p: p.detach() * (t + 1)),
+        ),
+        elementwise=False,
+    ),
+    Case(
+        SGDP,
+        paper.sgdp,
+        (
+            {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1, "delta": 2.0},
+            {"lr": 1e-2, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "delta": 1.0, "nesterov": True},
+            {"lr": 1e-2, "weight_decay": 0.1, "delta": 1e9},
+        ),
+        limits=(
+            Limit({"lr": 1e-2, "delta": 0.0, "momentum": 0.9}, partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 0.0),
+            Limit({"lr": 1e-2, "delta": 0.0, "momentum": 0.9, "nesterov": True}, nesterov, 1e-14),
+        ),
+        refused=(("dampening", 1.5, "dampening must lie in [0, 1], got 1.5"),),
+        elementwise=False,
+    ),
 ]
 
 SHAPES = [(3, 4), (5,), (), (2, 3, 3, 3), (6, 1), (1, 7), (260, 130), (4, 4)]  # (260, 130) is not put in a bucket
@@ -92,7 +124,7 @@ def make_params(
 
 def gradient(step: int, index: int, param: Tensor) -> Tensor:
     """A gradient that depends on the step and the parameter's index only."""
-    generator = torch.Generator().manual_seed(1000 * step + index)
+    generator = torch.Generator().manual_seed(1000 * (step + 1) + index)
     dtype = torch.complex128 if param.is_complex() else torch.float64
     return torch.randn(param.shape, generator=generator, dtype=dtype).to(param.dtype)
 
