@@ -42,10 +42,14 @@ def philox4x32(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Tenso
     c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(_ROUNDS):
-        # The product wraps modulo 2**64 in int64, which leaves its bits right; the masks drop the sign extension.
+        # The product wraps modulo 2**64 in int64, which leaves its bits right. Words 1 and 3 keep the whole product;
+        # masks drop its high half and the sign extension of the shift where they would matter.
         p0, p1 = c0 * _M32[0], c2 * _M32[1]
-        c0, c1, c2, c3 = (p1 >> 32 & _MASK32) ^ c1 ^ k0, p1 & _MASK32, (p0 >> 32 & _MASK32) ^ c3 ^ k1, p0 & _MASK32
+        c0 = ((p1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_MASK32)
+        c2 = ((p0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_MASK32)
+        c1, c3 = p1, p0
         k0, k1 = (k0 + _W32[0]) & _MASK32, (k1 + _W32[1]) & _MASK32
+    c1, c3 = c1 & _MASK32, c3 & _MASK32
     shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
     return c0.expand(shape), c1.expand(shape), c2.expand(shape), c3.expand(shape)
 
