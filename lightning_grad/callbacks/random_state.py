@@ -24,7 +24,8 @@ class RandomStateCheckpoint(pl.Callback):
     Exact resume also needs a loader that remembers its position: :class:`lightning_grad.ResumableDataLoader`. To those
     the callback hands their position once more, because Lightning forgets it when ``estimated_stepping_batches`` is
     read in ``configure_optimizers`` (its issue 20550), and because a checkpoint written on an exception counts the
-    batch that failed as done; it is trained on again.
+    batch that failed as done; it is trained on again. Lightning's count of epochs is mended where a resume at the last
+    batch of an epoch leaves it one behind.
 
     Args:
         isolate_validation: Let validation during training leave no trace in the random states. A checkpoint written at
@@ -93,6 +94,12 @@ class RandomStateCheckpoint(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        # Resumed at the last batch of an epoch, Lightning forgets to count the epoch that begins, and a checkpoint at
+        # the end of that one would be taken for something else.
+        progress: Any = trainer.fit_loop.epoch_progress
+        if progress.current.started == progress.current.processed:
+            progress.increment_ready()
+            progress.increment_started()
         if self._pending is not None:
             # Resumed at the last batch of an epoch, Lightning makes the iterator of the validation that it leaves out.
             # It calls no on_train_epoch_start then, so no hook of the user can have drawn in between.

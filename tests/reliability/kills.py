@@ -96,6 +96,7 @@ def _train(run: Run, progress: Progress, rank: int, port: int) -> None:
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # for the loader's workers; a child of the server would ask it for each
     settings: dict[str, Any] = {}
     if run.world_size > 1:
         os.environ |= {

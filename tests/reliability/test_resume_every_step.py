@@ -24,3 +24,15 @@ def test_resume_with_workers(case: Case, tmp_path):
         path = tmp_path / "straight" / f"step={step}.ckpt"
         resumed = fit(case, tmp_path / "resumed", steps=steps, ckpt_path=path, num_workers=2)
         assert not differing(straight, resumed), f"resumed after step {step}"
+
+
+def test_resume_of_a_resumed_run(tmp_path):
+    """Both at the end of an epoch: there Lightning's own counters go wrong, which only the second resume shows."""
+    steps, first = 2 * STEPS_PER_EPOCH + 3, STEPS_PER_EPOCH
+    straight = fit(CASES[0], tmp_path / "straight", steps=steps, keep=True)
+    path = tmp_path / "straight" / f"step={first}.ckpt"
+    fit(CASES[0], tmp_path / "once", steps=steps, keep=True, ckpt_path=path)
+    for step in (first + 1, 2 * STEPS_PER_EPOCH - 1, 2 * STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH + 1):
+        path = tmp_path / "once" / f"step={step}.ckpt"
+        resumed = fit(CASES[0], tmp_path / "twice", steps=steps, ckpt_path=path)
+        assert not differing(straight, resumed), f"resumed after step {step}"
