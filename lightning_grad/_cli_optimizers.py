@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_grad._cli_errors import ConfigError
@@ -49,7 +49,7 @@ class OptimizerPlan:
     def attach(self, module: LightningModule) -> None:
         """Replace the module's ``configure_optimizers``."""
         if is_overridden("configure_optimizers", module):
-            rank_zero_warn(
+            rank_zero_info(
                 f"The config's `optimizer` replaces {type(module).__name__}.configure_optimizers. "
                 "Leave `optimizer` out of the config to use the model's own."
             )

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -336,6 +337,10 @@ def main(args: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # as `python -m` does, so that a model in this directory can be named
     if any(word.startswith("--print_completion") for word in words):
+        if find_spec("shtab") is None:
+            _exit(
+                "lightning-grad", 'shell completion needs the package shtab: pip install "lightning-grad[completion]".'
+            )
         set_parsing_settings(add_print_completion_argument=True)
     names = [*LightningGradCLI.subcommands(), *TOOLS]
     if words and not words[0].startswith("-") and words[0] not in names:

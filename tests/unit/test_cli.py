@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningCLI
 
@@ -105,9 +109,10 @@ def test_models_with_several_optimizers_keep_them():
     assert len(moved(cli, initial("Tiny"))) == 6
 
 
-def test_replacing_the_models_own_optimizer_is_said():
-    with pytest.warns(UserWarning, match=r"replaces OwnOptimizer\.configure_optimizers"):
+def test_replacing_the_models_own_optimizer_is_said(caplog):
+    with caplog.at_level("INFO"):
         cli = run("OwnOptimizer", "--optimizer=Adam")
+    assert "replaces OwnOptimizer.configure_optimizers" in caplog.text
     assert type(cli.trainer.optimizers[0]) is torch.optim.Adam
 
 
@@ -228,3 +233,56 @@ def test_tools_are_imported_when_called_and_shown_in_help(tmp_path: Path, monkey
     assert "my_tool" not in sys.modules
     assert main(["advise", "--params", "1e9"]) == 3
     assert capsys.readouterr().out == "['--params', '1e9']\n"
+
+
+@pytest.mark.slow
+def test_shell_completion_knows_our_classes(capsys, tmp_path: Path):
+    pytest.importorskip("shtab")
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["--print_completion", "shtab-bash"])
+    finally:
+        set_parsing_settings(add_print_completion_argument=False)
+    assert stop.value.code == 0
+    script = capsys.readouterr().out
+    assert "DiffGrad" in script
+    (tmp_path / "completion.bash").write_text(script)
+    assert subprocess.run(["bash", "-n", "completion.bash"], cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_module_is_the_command_also_with_two_processes(tmp_path: Path):
+    root = str(Path(command.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
+    log = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs", "--trainer.logger.version=0"]
+    words = ["fit", f"--model={HERE}LateTiny", *DATA, *SGD, *log, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    assert main(words) == 0
+    command_line = [sys.executable, "-m", "lightning_grad", *words, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    process = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 200}
+    done = subprocess.run(command_line, **process)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.rglob("config*.yaml")) == ["config-1.yaml", "config.yaml"]
+    done = subprocess.run([*command_line, "--optimizer.lr=-1"], **process)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "lightning-grad: error: `optimizer` (SGD): Invalid learning rate: -1.0"
+
+
+def test_completion_without_its_package_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        main(["--print_completion", "shtab-bash"])
+    assert stop.value.code == 2
+    assert 'pip install "lightning-grad[completion]"' in capsys.readouterr().err
+
+
+GUIDE = Path(command.__file__).parents[1] / "docs" / "guides" / "configure.md"
+
+
+@pytest.mark.parametrize("number", range(len(re.findall("```yaml", GUIDE.read_text(encoding="utf-8")))))
+def test_every_config_of_the_guide_runs(number: int):
+    config = re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)[number]
+    Path("config.yaml").write_text(config)
+    words = ["fit", "-c", "config.yaml"]
+    words += [] if "model:" in config else ["--model=lightning_grad.demos.DigitsCNN"]
+    words += [] if "data:" in config else ["--data=lightning_grad.demos.DigitsData"]
+    assert main([*words, *[w for w in QUIET if "max_epochs" not in w], "--trainer.fast_dev_run=2"]) == 0
