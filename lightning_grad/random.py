@@ -80,6 +80,20 @@ def philox4x64(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> 
     return c0.expand(shape), c1.expand(shape), c2.expand(shape), c3.expand(shape)
 
 
+def philox4x64_generator(key: tuple[int, int], counter: tuple[int, int, int, int]) -> np.random.Philox:
+    """A numpy bit generator whose first ``random_raw`` words are those of ``counter``; later ones follow it.
+
+    Args:
+        key: Two words in [0, 2**64).
+        counter: First counter; its 256-bit value (word 0 is the lowest) rises by one per block of four words.
+    """
+    value = sum(word << (64 * i) for i, word in enumerate(counter))
+    # numpy increments the counter before it generates, so start one below
+    before = (value - 1) % (1 << 256)
+    words = [before >> (64 * i) & _MASK64 for i in range(4)]
+    return np.random.Philox(key=np.array(key, dtype=np.uint64), counter=np.array(words, dtype=np.uint64))
+
+
 def philox4x64_stream(key: tuple[int, int], counter: tuple[int, int, int, int], num_blocks: int) -> NDArray[np.uint64]:
     """Output words of ``num_blocks`` consecutive counters, in numpy's C implementation.
 
@@ -91,15 +105,7 @@ def philox4x64_stream(key: tuple[int, int], counter: tuple[int, int, int, int], 
     Returns:
         uint64 array of ``4 * num_blocks`` words, block after block.
     """
-    value = sum(word << (64 * i) for i, word in enumerate(counter))
-    # numpy increments the counter before it generates, so start one below
-    before = (value - 1) % (1 << 256)
-    words = [before >> (64 * i) & _MASK64 for i in range(4)]
-    bits = np.random.Philox(
-        key=np.array(key, dtype=np.uint64),
-        counter=np.array(words, dtype=np.uint64),
-    )
-    raw: NDArray[np.uint64] = bits.random_raw(4 * num_blocks)
+    raw: NDArray[np.uint64] = philox4x64_generator(key, counter).random_raw(4 * num_blocks)
     return raw
 
 

@@ -1,0 +1,299 @@
+"""One worker of a run, without Lightning: measure projected gradients, encode them, take in records."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_grad.spsa.engine import SPSAEngine
+from lightning_grad.spsa.errors import JournalError, ReplicaMismatchError, SPSAConfigError
+from lightning_grad.spsa.forward import Forwards
+from lightning_grad.spsa.journal import Header, Journal, Record
+from lightning_grad.spsa.layout import select_trainable
+from lightning_grad.spsa.options import Options
+from lightning_grad.spsa.replay import Progress, catch_up, check_base, make_plan
+from lightning_grad.spsa.rule import StepUpdate, UpdateRule
+
+_SAME_LOSS_WARNING = 20
+
+
+@dataclass
+class Measured:
+    """Losses of the slots since the last step, for logging."""
+
+    loss: float = math.nan
+    spread: float = math.nan
+    grad: float = math.nan
+
+
+class Session:
+    """Engine, rule and journal of one worker.
+
+    Args:
+        options: Settings of the run.
+        module: The model; its parameters are trained in place.
+        slots: Directions ``K`` of this worker per step.
+        run_id: Name of the run; goes into the header.
+
+    Raises:
+        SPSAConfigError: The parameters cannot be trained.
+    """
+
+    def __init__(self, options: Options, module: nn.Module, slots: int, run_id: str) -> None:
+        self.options = options
+        self.module = module
+        self.engine = SPSAEngine(
+            module.named_parameters(),
+            seed=options.seed,
+            eps_log2=options.eps_log2,
+            restore=options.restore,
+            kernel=options.kernel,
+        )
+        self._begin(options.header(self.engine, slots, run_id))
+        self._forwards = Forwards(module, options.forward_mode, self.engine.device)
+        self.measured = Measured()
+        self._same = 0
+
+    def _begin(self, header: Header) -> None:
+        self.header = header
+        self.rule = UpdateRule(header)
+        self.journal = Journal(header)
+        self.pending: list[float] = []
+
+    @property
+    def step(self) -> int:
+        """Next journal step."""
+        return self.rule.step
+
+    # -- measuring ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def measure(self, worker: int, forward: Callable[[], Any]) -> Any:
+        """Projected gradients of one micro-batch along this worker's next ``directions`` directions.
+
+        Args:
+            worker: Id of this worker in the roster.
+            forward: Runs the training step on the batch; returns a loss, a mapping with ``"loss"``, or ``None``.
+
+        Returns:
+            The last output with a positive perturbation, its loss replaced by the mean of the losses (``None`` if the
+            training step returned ``None``). The last direction stays outstanding until the update takes it back.
+        """
+        self.engine.rebind(self.module.named_parameters())
+        output: Any = None
+        try:
+            for _ in range(self.options.directions):
+                if len(self.pending) >= self.header.directions:
+                    raise SPSAConfigError(
+                        f"more than {self.header.directions} directions in one step; K must stay constant, so"
+                        " `accumulate_grad_batches` must not change."
+                    )
+                direction = worker * self.header.directions + len(self.pending)
+                output, gradient = self._slot(direction, forward)
+                self.pending.append(gradient)
+        except BaseException:
+            self.engine.restore()
+            raise
+        return output
+
+    def _slot(self, direction: int, forward: Callable[[], Any]) -> tuple[Any, float]:
+        engine, step, eps = self.engine, self.rule.step, self.engine.eps
+        with self._forwards.slot(self.options.seed, step, direction) as before:
+
+            def loss_at(offset: int) -> tuple[Any, float]:
+                if offset:
+                    moves = [(t, d, -m) for (t, d), m in engine.state.items()]
+                    engine.perturb([*moves, (step, direction, offset)])
+                else:
+                    engine.restore()
+                before()
+                result = forward()
+                return result, loss_value(result)
+
+            if self.options.sides == 2:
+                output, plus = loss_at(+1)
+                _, minus = loss_at(-1)
+                gradient = (plus - minus) / (2.0 * eps)
+            else:
+                minus = loss_at(0)[1]
+                output, plus = loss_at(+1)
+                gradient = (plus - minus) / eps
+        self._note(plus, minus, gradient)
+        return with_loss(output, (plus + minus) / 2.0, engine.device), gradient
+
+    def _note(self, plus: float, minus: float, gradient: float) -> None:
+        self.measured = Measured((plus + minus) / 2.0, abs(plus - minus), gradient)
+        self._same = self._same + 1 if plus == minus else 0
+        if self._same == _SAME_LOSS_WARNING:
+            warnings.warn(
+                f"SPSA: the loss did not change in {_SAME_LOSS_WARNING} directions. Does it depend on the trainable"
+                " parameters, or are features of trainable layers cached? An objective with steps needs a larger"
+                " `eps`.",
+                stacklevel=2,
+            )
+
+    def payload(self) -> bytes:
+        """Codes of the pending projected gradients; missing slots abstain. Clears them."""
+        codes = [self.rule.encode(g) for g in self.pending]
+        codes += [self.rule.codec.abstain] * (self.header.directions - len(codes))
+        self.pending = []
+        return b"".join(codes)
+
+    # -- records --------------------------------------------------------------------------------------------------
+
+    def digest_due(self) -> bool:
+        """Whether replicas are compared after the current step."""
+        interval = self.options.check_interval
+        return interval > 0 and (self.rule.step + 1) % interval == 0
+
+    def commit(self, record: Record, compare: Callable[[int], None] | None = None) -> StepUpdate:
+        """Apply a record to the parameters and write it to the journal.
+
+        Args:
+            record: Of the current step.
+            compare: If given, a digest is taken after the update, passed to it, and kept in the journal.
+
+        Raises:
+            ReplicaMismatchError: The record carries a digest and these parameters have another one.
+            RuntimeError: Too many steps in a row in which everyone abstained.
+        """
+        step = self.rule.step
+        update = self.rule.advance(record)
+        self.engine.apply(update.terms)
+        if record.digest is not None or compare is not None:
+            found = self.engine.digest64()
+            self.engine.check_limit()
+            if record.digest is not None and found != record.digest:
+                raise ReplicaMismatchError(
+                    f"after step {step} this replica has digest {found:016x}, the record says {record.digest:016x}."
+                    " Replay the journal from the base weights with `lightning-grad spsa verify` to see which is it.",
+                    step,
+                    record.digest,
+                    found,
+                )
+            if compare is not None:
+                compare(found)
+                record = replace(record, digest=found)
+        self.journal.append(record)
+        if self.rule.bad_steps >= self.options.max_bad_steps:
+            raise RuntimeError(
+                f"SPSA: no finite loss from any worker for {self.rule.bad_steps} steps (up to step {step}). Lower the"
+                " learning rate or `eps`, or look at the data."
+            )
+        return update
+
+    def record(self, codes: bytes, lr: float, roster: tuple[int, ...], stop: bool = False) -> Record:
+        """Record of the current step; learning rate and roster are left out where they did not change."""
+        first = self.rule.step == 0
+        return Record(
+            codes,
+            lr if first or lr != self.rule.lr else None,
+            roster if first or roster != self.rule.roster else None,
+            stop=stop,
+        )
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors; with the base weights, the journal alone is enough."""
+        digest = self.engine.digest64()
+        return {
+            "step": self.rule.step,
+            "m2": self.rule.tracker.m2,
+            "sigma": self.rule.tracker.scale_log2,
+            "roster": list(self.rule.roster),
+            "header": self.header.to_json().decode(),
+            "journal": torch.frombuffer(bytearray(self.journal.to_bytes()), dtype=torch.uint8),
+            "digest64": digest,
+        }
+
+    def follow(self, journal: Journal, progress: Progress | None = None) -> None:
+        """Start over as a continuation of ``journal``, whose base weights the engine holds, and replay it."""
+        self.check_header(journal.header)
+        check_base(self.engine, journal)
+        plan = make_plan(journal)
+        catch_up(self.engine, plan, progress=progress)
+        self.header, self.rule, self.journal, self.pending = journal.header, plan.rule, journal, []
+
+    def resume(self, state: Mapping[str, Any], extra: Mapping[str, Tensor] | None) -> None:
+        """Continue from a checkpoint whose weights are in the parameters already.
+
+        Raises:
+            SPSAConfigError: The settings differ from those of the checkpoint.
+            ReplicaMismatchError: The weights are not those of the checkpoint.
+        """
+        journal = journal_of(state)
+        self.check_header(journal.header)
+        rule = make_plan(journal).rule
+        same = (rule.step, rule.tracker.m2, rule.tracker.scale_log2) == (state["step"], state["m2"], state["sigma"])
+        if not same:
+            raise JournalError(
+                f"the checkpoint's journal ends at step {rule.step}, the checkpoint is of step {state['step']}."
+            )
+        self.engine.load_extra_state(dict(extra or {}))
+        found = self.engine.digest64()
+        if found != state["digest64"]:
+            raise ReplicaMismatchError(
+                f"the checkpoint of step {rule.step} has digest {state['digest64']:016x}, its weights give"
+                f" {found:016x}.",
+                rule.step,
+                state["digest64"],
+                found,
+            )
+        self.header, self.rule, self.journal, self.pending = journal.header, rule, journal, []
+
+    def check_header(self, header: Header) -> None:
+        """Raise ``SPSAConfigError`` if a run with ``header`` cannot be continued with these settings."""
+        free = {"base", "run_id", "scale_log2"}
+        wrong = [text for text in self.header.differences(header) if text.split(":")[0] not in free]
+        if wrong:
+            raise SPSAConfigError(
+                "the settings differ from those of the run to be continued: " + "; ".join(wrong) + "."
+            )
+
+
+def make_session(options: Options, module: nn.Module, slots: int, run_id: str) -> Session:
+    """Select the trainable parameters and start a session."""
+    select_trainable(module.named_parameters(), options.trainable)
+    return Session(options, module, slots, run_id)
+
+
+def journal_of(state: Mapping[str, Any]) -> Journal:
+    """Journal inside a checkpoint's state."""
+    return Journal.from_bytes(bytes(state["journal"].cpu().numpy().tobytes()), "the checkpoint's journal")
+
+
+def loss_value(output: Any) -> float:
+    """Scalar loss of a training step; NaN for ``None`` or a complex or non-finite one.
+
+    Raises:
+        SPSAConfigError: It is not one scalar.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if loss is None:
+        return math.nan
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1 or loss.is_complex():
+            raise SPSAConfigError(
+                f"training_step must return one scalar loss, got shape {tuple(loss.shape)} of {loss.dtype}."
+            )
+        value = float(loss)
+    elif isinstance(loss, int | float):
+        value = float(loss)
+    else:
+        raise SPSAConfigError(f"training_step must return one scalar loss, got a {type(loss).__name__}.")
+    return value if math.isfinite(value) else math.nan
+
+
+def with_loss(output: Any, loss: float, device: torch.device) -> Any:
+    """The output of a training step with another loss."""
+    if output is None:
+        return None
+    value = torch.tensor(loss, dtype=torch.float32, device=device)
+    return {**output, "loss": value} if isinstance(output, Mapping) else value

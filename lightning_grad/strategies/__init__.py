@@ -1,0 +1,15 @@
+"""Strategies: how a step is computed and shared. Importing this package registers ``"spsa"``."""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_grad.strategies._spsa_common import SPSAConfigError
+from lightning_grad.strategies.shared_seed_spsa import SharedSeedSPSAStrategy
+
+__all__ = ["SPSAConfigError", "SharedSeedSPSAStrategy"]
+
+if SharedSeedSPSAStrategy.strategy_name not in StrategyRegistry:
+    StrategyRegistry.register(
+        SharedSeedSPSAStrategy.strategy_name,
+        SharedSeedSPSAStrategy,
+        description="Forward passes only; one byte per direction; replicas bitwise equal.",
+    )

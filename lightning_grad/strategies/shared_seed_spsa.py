@@ -1,0 +1,352 @@
+"""Fixed membership: one process per worker, under any launcher that Lightning has."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_grad._validate import check_range
+from lightning_grad.spsa.errors import ReplicaMismatchError
+from lightning_grad.spsa.exchange import Exchange
+from lightning_grad.spsa.journal import Journal
+from lightning_grad.spsa.layout import Restore, select_trainable
+from lightning_grad.spsa.options import Options
+from lightning_grad.spsa.replay import replay
+from lightning_grad.spsa.session import Session, journal_of
+from lightning_grad.strategies import _spsa_common as common
+from lightning_grad.strategies._spsa_common import SPSAConfigError, config_errors
+
+_STATE, _EXTRA = "spsa", "spsa_extra"
+
+
+class SharedSeedSPSAStrategy(DDPStrategy):
+    r"""Train with forward passes only; workers exchange one byte per direction and stay bitwise equal.
+
+    For each direction a worker evaluates the loss at :math:`\theta \pm \epsilon z` with shared random signs
+    :math:`z`, sends
+
+    .. math:: g = \frac{L(\theta + \epsilon z) - L(\theta - \epsilon z)}{2\epsilon}
+
+    as one E4M3 byte, and everybody applies :math:`\theta \leftarrow \theta - \eta \sum_i \hat g_i z_i / R`. No gradient is
+    ever computed; memory is that of inference. The bytes of all steps are a journal that replays to the exact weights.
+
+    Args:
+        lr: Learning rate, > 0; ``None`` takes the one of ``configure_optimizers``, with its scheduler.
+        eps: Perturbation size; rounded to a power of two in [2**-20, 2**-2].
+        directions: Directions per micro-batch, 1..4096.
+        sides: 2 for central differences, 1 for one extra forward per direction against a shared centre.
+        seed: Seed of the signs, in [0, 2**64); the same on all ranks.
+        codec: ``"e4m3"`` (one byte), ``"sign"`` (one byte, the sign only) or ``"f32"`` (four bytes).
+        reduction: Divide the sum over ``N`` directions by ``N`` ("mean"), its root ("rsqrt") or 1 ("sum").
+        normalize: Divide by the running root mean square of ``g``; then ``lr`` is the step per element.
+        rho: Decay of the running mean square, in [0, 1).
+        clip: Bound on ``g`` in running root mean squares; 5 if workers are not trusted.
+        momentum: Heavy-ball factor, in [0, 1); needs no buffer.
+        momentum_horizon: Steps after which momentum is cut off, 1..1024.
+        trainable: Name patterns; matching parameters are trained, all others frozen.
+        forward_mode: ``"eval"`` (no dropout) or ``"train"`` (equal dropout masks on both sides).
+        restore: ``"exact"`` works in place; ``"copy"`` keeps a master copy of the trainable parameters.
+        check_interval: Steps between comparisons of the replicas; 0 switches them off.
+        max_bad_steps: Steps in a row without any finite loss before the run stops.
+        journal_path: File that rank 0 appends every step to.
+        resume_journal: Replay an existing journal at the start and continue it.
+        weights_in_checkpoint: ``False`` keeps only the journal in checkpoints: kilobytes; they load by replay.
+        kernel: ``"auto"``, ``"numpy"``, ``"torch"`` or ``"triton"``.
+        accelerator: As for ``DDPStrategy``.
+        parallel_devices: As for ``DDPStrategy``.
+        cluster_environment: As for ``DDPStrategy``.
+        checkpoint_io: As for ``DDPStrategy``.
+        precision_plugin: As for ``DDPStrategy``.
+        process_group_backend: As for ``DDPStrategy``; the bytes use gloo in any case.
+        timeout: As for ``DDPStrategy``.
+        start_method: As for ``DDPStrategy``.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    State in checkpoints: key ``"spsa"`` of the optimizer state, with the journal.
+
+    Source: "Just One Byte (per gradient)" (arXiv 2306.10015), with the central differences of MeZO (arXiv 2305.17333)
+    and Rademacher directions. Differs from both: restores exactly, sends a real byte, replicas are compared bit by bit.
+    """
+
+    strategy_name = "spsa"
+
+    def __init__(
+        self,
+        *,
+        lr: float | None = None,
+        eps: float = 2.0**-10,
+        directions: int = 1,
+        sides: int = 2,
+        seed: int = 0,
+        codec: Literal["e4m3", "sign", "f32"] = "e4m3",
+        reduction: Literal["mean", "rsqrt", "sum"] = "mean",
+        normalize: bool = False,
+        rho: float = 0.9,
+        clip: float | None = None,
+        momentum: float = 0.0,
+        momentum_horizon: int = 32,
+        trainable: list[str] | None = None,
+        forward_mode: Literal["eval", "train"] = "eval",
+        restore: Restore = "exact",
+        check_interval: int = 100,
+        max_bad_steps: int = 10,
+        journal_path: str | None = None,
+        resume_journal: bool = False,
+        weights_in_checkpoint: bool = True,
+        kernel: Literal["auto", "numpy", "torch", "triton"] = "auto",
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        if lr is not None:
+            check_range("lr", lr, 0.0, 1e10, "(]")
+        self._options = Options(
+            eps, directions, sides, seed, codec, reduction, normalize, rho, clip, momentum, momentum_horizon, trainable,
+            forward_mode, restore, check_interval, max_bad_steps, kernel,
+        )  # fmt: skip
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self._lr = lr
+        self._journal_path = journal_path
+        self._resume_journal = resume_journal
+        self._weights_in_checkpoint = weights_in_checkpoint
+        self._session: Session | None = None
+        self._exchange: Exchange | None = None
+        self._resumed = False
+
+    @property
+    def session(self) -> Session:
+        """Engine, rule and journal of this worker; exists while fitting."""
+        if self._session is None:
+            raise RuntimeError("SharedSeedSPSAStrategy.session exists only while fitting.")
+        return self._session
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """The engine must exist when weights arrive."""
+        return True
+
+    # -- setup ----------------------------------------------------------------------------------------------------
+
+    def configure_ddp(self) -> None:
+        """No wrapper: there are no gradients to reduce. Parameters are chosen here, before ``configure_optimizers``."""
+        module = self._module()
+        with config_errors():
+            select_trainable(module.named_parameters(), self._options.trainable)
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """The module's optimizer, of which the learning rate is used, or one for ``lr``."""
+        if self._lr is None:
+            super().setup_optimizers(trainer)
+        else:
+            trained = [p for p in self._module().parameters() if p.requires_grad]
+            self.optimizers = [torch.optim.SGD(trained, lr=self._lr)] if trained else []
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Check the configuration, make all ranks start from rank 0's weights, build the engine."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            common.check_trainer(trainer, self._module())
+            common.report_eps(self._options)
+        super().setup(trainer)
+        if not fitting:
+            return
+        module = self._module()
+        self._exchange = Exchange(self._timeout)
+        self._exchange.broadcast_module(module)
+        slots = trainer.accumulate_grad_batches * self._options.directions
+        run_id = hashlib.sha256(f"{self._options.seed}".encode()).hexdigest()[:16]
+        with config_errors():
+            self._session = Session(self._options, module, slots, run_id)
+        common.check_optimizers(self.optimizers)
+        common.warn_large_lr(self._options, module, common.current_lr(self.optimizers[0]))
+        if self._exchange.active and any(c.reduce_on_plateau for c in self.lr_scheduler_configs):
+            rank_zero_warn(
+                "SPSA: ReduceLROnPlateau needs a monitored value that is equal on all ranks (sync_dist=True)."
+            )
+        self._compare_headers()
+        if self._resume_journal and trainer.ckpt_path is None:
+            self._follow_file()
+
+    def _compare_headers(self) -> None:
+        mine = self.session.header
+        for rank, text in enumerate(self._link().all_gather_any(mine.to_json())):
+            differences = mine.differences(type(mine).from_json(text))
+            if differences:
+                raise SPSAConfigError(
+                    f"SPSA: rank {rank} differs from rank {self.global_rank}: " + "; ".join(differences) + "."
+                )
+
+    def _follow_file(self) -> None:
+        path = Path(self._journal_path or "")
+        data = path.read_bytes() if self.is_global_zero and path.is_file() else b""
+        data = self._link().all_gather_any(data)[0]
+        if data:
+            with config_errors():
+                self.session.follow(Journal.from_bytes(data, str(path)))
+            rank_zero_info(f"SPSA: replayed {self.session.step} steps from {path}.")
+            self._resumed = True
+
+    def on_train_start(self) -> None:
+        """Open the journal file."""
+        session = self.session
+        session.pending = []
+        if self._journal_path and self.is_global_zero:
+            path = Path(self._journal_path)
+            if path.exists() and path.stat().st_size and not self._resumed:
+                raise SPSAConfigError(
+                    f"`journal_path` {path} exists. Set `resume_journal` to continue it, or choose another file."
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            session.journal.open_append(path)
+
+    # -- one step -------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate the micro-batch on both sides of each direction."""
+        forward = super().training_step
+        with config_errors():
+            return self.session.measure(self.global_rank, lambda: forward(*args, **kwargs))
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """There is nothing to propagate."""
+        return closure_loss
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Measure the last micro-batch, exchange the codes and apply the update."""
+        module, session, link = self._module(), self.session, self._link()
+        result = common.run_closure(self.precision_plugin, optimizer, closure, module)
+        codes = b"".join(link.all_gather(session.payload()))
+        record = session.record(codes, common.current_lr(optimizer), tuple(range(link.size)))
+        wire = {"bytes_sent": float(link.sent), "bytes_received": float(link.received), "wait_s": link.waited_s}
+        update = session.commit(record, self._compare_digests if session.digest_due() else None)
+        common.log_step(module, session, update, wire)
+        return result
+
+    def _compare_digests(self, mine: int) -> None:
+        digests = [int.from_bytes(part, "little") for part in self._link().all_gather(mine.to_bytes(8, "little"))]
+        if len(set(digests)) > 1:
+            listed = ", ".join(f"rank {rank}: {digest:016x}" for rank, digest in enumerate(digests))
+            step = self.session.step - 1
+            raise ReplicaMismatchError(f"the replicas differ after step {step} ({listed}).", step, digests[0], mine)
+
+    def on_validation_start(self) -> None:
+        """Validate at the exact point, also in the middle of an accumulation window."""
+        if self._session is not None:
+            self._session.engine.restore()
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """All weights, or nothing if the journal is to stand for them."""
+        if self._session is not None:
+            self._session.engine.restore()
+            if not self._weights_in_checkpoint:
+                return {}
+        return super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's own state and the run's."""
+        state: dict[str, Any] = dict(super().optimizer_state(optimizer))
+        if self._session is not None:
+            state[_STATE] = self._session.state_dict()
+            if self._weights_in_checkpoint:
+                state[_EXTRA] = self._session.engine.extra_state()
+        return state
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load weights, or replay the checkpoint's journal on the weights at hand."""
+        state = _spsa_state(checkpoint)
+        if state is not None and not checkpoint["state_dict"]:
+            journal = journal_of(state)
+            if self._session is not None:
+                with config_errors():
+                    self._session.follow(journal)
+            else:
+                replay(self._module().named_parameters(), journal, restore=self._options.restore)
+            return
+        super().load_model_state_dict(checkpoint, strict=strict)
+        if self._session is not None and state is None:  # weights of another kind of run: a new base
+            with config_errors():
+                self._session = Session(
+                    self._options, self._module(), self._session.header.directions, self._session.header.run_id
+                )
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Continue the journal of the checkpoint."""
+        state = _spsa_state(checkpoint)
+        if state is None:
+            rank_zero_warn("SPSA: the checkpoint is not of an SPSA run; only its weights are used.")
+            return
+        own = {k: v for k, v in checkpoint["optimizer_states"][0].items() if k not in (_STATE, _EXTRA)}
+        super().load_optimizer_state_dict({"optimizer_states": [own]})
+        with config_errors():
+            if checkpoint["state_dict"]:
+                self.session.resume(state, checkpoint["optimizer_states"][0].get(_EXTRA))
+        self._resumed = True
+
+    # -- end ------------------------------------------------------------------------------------------------------
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Leave the exact point behind, whatever happened."""
+        if self._session is not None:
+            self._session.engine.restore()
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        """Close the journal."""
+        if self._session is not None:
+            self._session.engine.restore()
+            self._session.journal.close()
+            self._session = None
+        super().teardown()
+
+    def _module(self) -> pl.LightningModule:
+        module = self.lightning_module
+        assert module is not None, "the Trainer connects a module before any hook runs"
+        return module
+
+    def _link(self) -> Exchange:
+        assert self._exchange is not None, "setup() builds the exchange"
+        return self._exchange
+
+
+def _spsa_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    states = checkpoint.get("optimizer_states") or [{}]
+    found: Mapping[str, Any] | None = states[0].get(_STATE)
+    return found
