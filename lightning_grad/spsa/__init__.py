@@ -8,7 +8,7 @@ from lightning_grad.spsa.engine import SPSAEngine
 from lightning_grad.spsa.errors import JournalError, ReplicaMismatchError, SPSAConfigError, StoreLostError
 from lightning_grad.spsa.grid import digest64, eps_exponent, fingerprint, snap_
 from lightning_grad.spsa.journal import Header, Journal, Record
-from lightning_grad.spsa.replay import replay
+from lightning_grad.spsa.replayer import replay
 from lightning_grad.spsa.rule import ScaleTracker, UpdateRule, quantize
 from lightning_grad.spsa.signs import rademacher
 

@@ -17,7 +17,7 @@ from lightning_grad.spsa.forward import Forwards
 from lightning_grad.spsa.journal import Header, Journal, Record
 from lightning_grad.spsa.layout import select_trainable
 from lightning_grad.spsa.options import Options
-from lightning_grad.spsa.replay import Progress, catch_up, check_base, make_plan
+from lightning_grad.spsa.replayer import Progress, catch_up, check_base, make_plan
 from lightning_grad.spsa.rule import StepUpdate, UpdateRule
 
 _SAME_LOSS_WARNING = 20

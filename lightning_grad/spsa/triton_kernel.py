@@ -31,7 +31,8 @@ _BLOCKS = 4
 def _signed_sum(terms_ptr, weights_ptr, count, k0, k1, block, x, SHAPE0: tl.constexpr):
     """``x`` plus the weighted signs of ``count`` directions, for the blocks numbered ``block``."""
     shift = tl.arange(0, 64).to(tl.uint64)
-    for i in range(count):
+    i = 0
+    while i < count:  # the interpreter cannot take range() of a kernel argument
         c0 = block + 1
         c1 = block * 0
         c2 = c1 + tl.load(terms_ptr + 2 * i).to(tl.uint64, bitcast=True)
@@ -52,6 +53,7 @@ def _signed_sum(terms_ptr, weights_ptr, count, k0, k1, block, x, SHAPE0: tl.cons
         bits = (words[:, None] >> shift[None, :]) & 1
         weight = tl.load(weights_ptr + i).to(x.dtype)
         x = x + tl.where(bits != 0, weight, -weight)
+        i += 1
     return x
 
 

@@ -25,7 +25,7 @@ from lightning_grad.spsa.exchange import Exchange
 from lightning_grad.spsa.journal import Journal
 from lightning_grad.spsa.layout import Restore, select_trainable
 from lightning_grad.spsa.options import Options
-from lightning_grad.spsa.replay import replay
+from lightning_grad.spsa.replayer import replay
 from lightning_grad.spsa.session import Session, journal_of
 from lightning_grad.strategies import _spsa_common as common
 from lightning_grad.strategies._spsa_common import SPSAConfigError, config_errors
