@@ -8,6 +8,7 @@ from lightning_grad.checkpoint_io import ChecksumCheckpointIO
 from lightning_grad.data import ResumableDataLoader, ResumableSampler
 from lightning_grad.optim import SGDP, AdaGradNorm, AdamP, DiffGrad
 from lightning_grad.optim.groups import param_groups
+from lightning_grad.strategies import SharedSeedSPSAStrategy
 
 __version__ = "0.1.0.dev0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "RandomStateCheckpoint",
     "ResumableDataLoader",
     "ResumableSampler",
+    "SharedSeedSPSAStrategy",
     "__version__",
     "param_groups",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_grad._validate import check_choice, check_int, check_range
 from lightning_grad.spsa.engine import KERNELS, SPSAEngine
@@ -66,10 +67,13 @@ class Options:
         """Exponent of the power of two that is used for ``eps``."""
         return eps_exponent(self.eps)
 
-    def header(self, engine: SPSAEngine, slots: int, run_id: str) -> Header:
-        """Journal header of a run of ``slots`` directions per worker and step on the engine's parameters."""
-        return Header(
-            run_id=run_id,
+    def header(self, engine: SPSAEngine, slots: int, run_id: str | None = None) -> Header:
+        """Journal header of a run of ``slots`` directions per worker and step on the engine's parameters.
+
+        Without a ``run_id`` the header's own hash names the run.
+        """
+        header = Header(
+            run_id=run_id or "",
             seed=self.seed,
             eps_log2=self.eps_log2,
             codec=self.codec,
@@ -84,3 +88,4 @@ class Options:
             params=engine.specification,
             base=engine.base,
         )
+        return header if run_id else replace(header, run_id=hashlib.sha256(header.to_json()).hexdigest()[:16])

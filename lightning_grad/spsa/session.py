@@ -15,7 +15,6 @@ from lightning_grad.spsa.engine import SPSAEngine
 from lightning_grad.spsa.errors import JournalError, ReplicaMismatchError, SPSAConfigError
 from lightning_grad.spsa.forward import Forwards
 from lightning_grad.spsa.journal import Header, Journal, Record
-from lightning_grad.spsa.layout import select_trainable
 from lightning_grad.spsa.options import Options
 from lightning_grad.spsa.replayer import Progress, catch_up, check_base, make_plan
 from lightning_grad.spsa.rule import StepUpdate, UpdateRule
@@ -39,13 +38,13 @@ class Session:
         options: Settings of the run.
         module: The model; its parameters are trained in place.
         slots: Directions ``K`` of this worker per step.
-        run_id: Name of the run; goes into the header.
+        run_id: Name of the run; goes into the header. ``None``: the hash of the other settings.
 
     Raises:
         SPSAConfigError: The parameters cannot be trained.
     """
 
-    def __init__(self, options: Options, module: nn.Module, slots: int, run_id: str) -> None:
+    def __init__(self, options: Options, module: nn.Module, slots: int, run_id: str | None = None) -> None:
         self.options = options
         self.module = module
         self.engine = SPSAEngine(
@@ -86,46 +85,60 @@ class Session:
             training step returned ``None``). The last direction stays outstanding until the update takes it back.
         """
         self.engine.rebind(self.module.named_parameters())
-        output: Any = None
+        if len(self.pending) + self.options.directions > self.header.directions:
+            raise SPSAConfigError(
+                f"more than {self.header.directions} directions in one step; K must stay constant, so"
+                " `accumulate_grad_batches` must not change."
+            )
+        first = worker * self.header.directions + len(self.pending)
+        directions = range(first, first + self.options.directions)
         try:
-            for _ in range(self.options.directions):
-                if len(self.pending) >= self.header.directions:
-                    raise SPSAConfigError(
-                        f"more than {self.header.directions} directions in one step; K must stay constant, so"
-                        " `accumulate_grad_batches` must not change."
-                    )
-                direction = worker * self.header.directions + len(self.pending)
-                output, gradient = self._slot(direction, forward)
-                self.pending.append(gradient)
+            return (
+                self._two_sided(directions, forward)
+                if self.options.sides == 2
+                else self._one_sided(directions, forward)
+            )
         except BaseException:
             self.engine.restore()
             raise
+
+    def _two_sided(self, directions: range, forward: Callable[[], Any]) -> Any:
+        output: Any = None
+        for direction in directions:
+            # both forwards of a direction see the same random numbers
+            with self._forwards.slot(self.options.seed, self.rule.step, direction) as before:
+                output, plus = self._loss_at(direction, +1, before, forward)
+                _, minus = self._loss_at(direction, -1, before, forward)
+            output = self._take(output, plus, minus, (plus - minus) / (2.0 * self.engine.eps))
         return output
 
-    def _slot(self, direction: int, forward: Callable[[], Any]) -> tuple[Any, float]:
-        engine, step, eps = self.engine, self.rule.step, self.engine.eps
-        with self._forwards.slot(self.options.seed, step, direction) as before:
+    def _one_sided(self, directions: range, forward: Callable[[], Any]) -> Any:
+        output: Any = None
+        # the centre is shared, and so are the random numbers of the whole micro-batch
+        with self._forwards.slot(self.options.seed, self.rule.step, directions[0]) as before:
+            _, centre = self._loss_at(directions[0], 0, before, forward)
+            for direction in directions:
+                output, plus = self._loss_at(direction, +1, before, forward)
+                output = self._take(output, plus, centre, (plus - centre) / self.engine.eps)
+        return output
 
-            def loss_at(offset: int) -> tuple[Any, float]:
-                if offset:
-                    moves = [(t, d, -m) for (t, d), m in engine.state.items()]
-                    engine.perturb([*moves, (step, direction, offset)])
-                else:
-                    engine.restore()
-                before()
-                result = forward()
-                return result, loss_value(result)
+    def _loss_at(
+        self, direction: int, offset: int, before: Callable[[], None], forward: Callable[[], Any]
+    ) -> tuple[Any, float]:
+        """Move from wherever the parameters are to ``offset`` steps along a direction, in one pass, and evaluate."""
+        if offset:
+            back = [(t, d, -multiple) for (t, d), multiple in self.engine.state.items()]
+            self.engine.perturb([*back, (self.rule.step, direction, offset)])
+        else:
+            self.engine.restore()
+        before()
+        output = forward()
+        return output, loss_value(output)
 
-            if self.options.sides == 2:
-                output, plus = loss_at(+1)
-                _, minus = loss_at(-1)
-                gradient = (plus - minus) / (2.0 * eps)
-            else:
-                minus = loss_at(0)[1]
-                output, plus = loss_at(+1)
-                gradient = (plus - minus) / eps
-        self._note(plus, minus, gradient)
-        return with_loss(output, (plus + minus) / 2.0, engine.device), gradient
+    def _take(self, output: Any, loss: float, other: float, gradient: float) -> Any:
+        self.pending.append(gradient)
+        self._note(loss, other, gradient)
+        return with_loss(output, (loss + other) / 2.0, self.engine.device)
 
     def _note(self, plus: float, minus: float, gradient: float) -> None:
         self.measured = Measured((plus + minus) / 2.0, abs(plus - minus), gradient)
@@ -256,12 +269,6 @@ class Session:
             raise SPSAConfigError(
                 "the settings differ from those of the run to be continued: " + "; ".join(wrong) + "."
             )
-
-
-def make_session(options: Options, module: nn.Module, slots: int, run_id: str) -> Session:
-    """Select the trainable parameters and start a session."""
-    select_trainable(module.named_parameters(), options.trainable)
-    return Session(options, module, slots, run_id)
 
 
 def journal_of(state: Mapping[str, Any]) -> Journal:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -41,8 +40,8 @@ class SharedSeedSPSAStrategy(DDPStrategy):
 
     .. math:: g = \frac{L(\theta + \epsilon z) - L(\theta - \epsilon z)}{2\epsilon}
 
-    as one E4M3 byte, and everybody applies :math:`\theta \leftarrow \theta - \eta \sum_i \hat g_i z_i / R`. No gradient is
-    ever computed; memory is that of inference. The bytes of all steps are a journal that replays to the exact weights.
+    as one E4M3 byte, and all apply :math:`\theta \leftarrow \theta - \eta \sum_i \hat g_i z_i / R`. No gradient is ever
+    computed; memory is that of inference. The bytes of all steps are a journal that replays to the exact weights.
 
     Args:
         lr: Learning rate, > 0; ``None`` takes the one of ``configure_optimizers``, with its scheduler.
@@ -184,9 +183,8 @@ class SharedSeedSPSAStrategy(DDPStrategy):
         self._exchange = Exchange(self._timeout)
         self._exchange.broadcast_module(module)
         slots = trainer.accumulate_grad_batches * self._options.directions
-        run_id = hashlib.sha256(f"{self._options.seed}".encode()).hexdigest()[:16]
         with config_errors():
-            self._session = Session(self._options, module, slots, run_id)
+            self._session = Session(self._options, module, slots)
         common.check_optimizers(self.optimizers)
         common.warn_large_lr(self._options, module, common.current_lr(self.optimizers[0]))
         if self._exchange.active and any(c.reduce_on_plateau for c in self.lr_scheduler_configs):
@@ -303,9 +301,7 @@ class SharedSeedSPSAStrategy(DDPStrategy):
         super().load_model_state_dict(checkpoint, strict=strict)
         if self._session is not None and state is None:  # weights of another kind of run: a new base
             with config_errors():
-                self._session = Session(
-                    self._options, self._module(), self._session.header.directions, self._session.header.run_id
-                )
+                self._session = Session(self._options, self._module(), self._session.header.directions)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Continue the journal of the checkpoint."""
