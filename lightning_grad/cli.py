@@ -38,7 +38,9 @@ class Tool(NamedTuple):
     help: str
 
 
-TOOLS: dict[str, Tool] = {}
+TOOLS: dict[str, Tool] = {
+    "spsa": Tool("lightning_grad.spsa.commands:main", "journals and stores of shared-seed SPSA runs"),
+}
 """Tools by the name they have on the command line."""
 
 _BAD_INPUT = (ValueError, MisconfigurationException, ModuleNotFoundError, FileNotFoundError)

@@ -1,14 +1,13 @@
 """The run as bytes: a header that names everything constant, then one small record per step.
 
-File (little-endian, append-only): magic, u32 header length, header JSON, u16 check; then per record u8 flags, [f64 lr],
-[u16 n, n x u32 worker ids], [u64 digest], the codes (one unit per roster member and slot), u16 check. A check is the
-CRC-16/CCITT of its bytes started from the check before it, so a flipped bit, a lost record and a swapped pair are all
+File (little-endian, append-only): magic, u32 header length, header JSON, u32 check; then per record u8 flags, [f64 lr],
+[u16 n, n x u32 worker ids], [u64 digest], the codes (one unit per roster member and slot), u32 check. A check is the
+CRC-32 of its bytes started from the check before it, so a flipped bit, a lost record and a swapped pair are all
 found at the record where they happened. Nothing in a journal is executed or unpickled.
 """
 
 from __future__ import annotations
 
-import binascii
 import json
 import os
 import struct
@@ -19,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
+from lightning_grad._checksum import chained_crc32, replace_file
 from lightning_grad._validate import check_choice, check_int, check_range
 from lightning_grad.spsa.errors import JournalError
 
@@ -27,7 +27,7 @@ FORMAT = 2
 RNG = "philox4x64-10/256"
 _LR, _ROSTER, _DIGEST, _STOP = 1, 2, 4, 8
 _MAX_HEADER = 1 << 26
-_CHECK = struct.Struct("<H")
+_CHECK = struct.Struct("<I")
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Journal:
         self.header = header
         head = header.to_json()
         self._data = bytearray(MAGIC + struct.pack("<I", len(head)) + head)
-        self._data += _CHECK.pack(binascii.crc_hqx(bytes(self._data), 0xFFFF))
+        self._data += _CHECK.pack(chained_crc32(bytes(self._data)))
         self._start = len(self._data)
         self._count = 0
         self._reader = self._new_reader()
@@ -251,7 +251,7 @@ class Journal:
         if end != len(body) or parsed.codes != record.codes:
             raise JournalError(f"record {self._count} has {len(record.codes)} code bytes, which do not fit the roster.")
         (before,) = _CHECK.unpack(self._data[-_CHECK.size :])
-        entry = body + _CHECK.pack(binascii.crc_hqx(body, before))
+        entry = body + _CHECK.pack(chained_crc32(body, before))
         self._data += entry
         self._count += 1
         if self._file is not None:
@@ -291,7 +291,7 @@ class Journal:
                 raise _damaged(f"{where} is malformed ({error})", journal) from None
             (before,) = _CHECK.unpack(journal._data[-_CHECK.size :])
             (check,) = _CHECK.unpack(data[end : end + _CHECK.size])
-            if binascii.crc_hqx(data[position:end], before) != check:
+            if chained_crc32(data[position:end], before) != check:
                 raise _damaged(f"{where} fails its check", journal)
             journal.append(record)
             position = end + _CHECK.size
@@ -314,7 +314,7 @@ class Journal:
             file.write(self._data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        replace_file(partial, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Journal:
@@ -367,7 +367,7 @@ def _read_header(data: bytes, name: str) -> tuple[Header, int]:
     if size >= _MAX_HEADER or end + _CHECK.size > len(data):
         raise JournalError(f"{name}: the header at byte offset {len(MAGIC)} is incomplete; no record is usable.")
     (check,) = _CHECK.unpack(data[end : end + _CHECK.size])
-    if binascii.crc_hqx(data[:end], 0xFFFF) != check:
+    if chained_crc32(data[:end]) != check:
         raise JournalError(f"{name}: the header at byte offset {len(MAGIC)} fails its check; no record is usable.")
     return Header.from_json(data[begin:end]), end + _CHECK.size
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
+from lightning_grad._lightning import logging_step
 from lightning_grad.spsa import errors
 from lightning_grad.spsa.options import Options
 from lightning_grad.spsa.rule import StepUpdate
@@ -82,11 +83,12 @@ def current_lr(optimizer: Optimizer) -> float:
     rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
     if not rates:
         raise SPSAConfigError(f"{type(optimizer).__name__} has no learning rate; set `lr` of the strategy.")
+    bad = [rate for rate in rates if not math.isfinite(rate) or rate < 0.0]
+    if bad:
+        raise SPSAConfigError(f"`lr` of {type(optimizer).__name__} must be a number >= 0, got {bad[0]!r}.")
     if any(rate != rates[0] for rate in rates):
         listed = ", ".join(f"group {number}: {rate:g}" for number, rate in enumerate(rates))
         raise SPSAConfigError(f"SPSA uses one learning rate; the parameter groups have {listed}.")
-    if not math.isfinite(rates[0]) or rates[0] < 0.0:
-        raise SPSAConfigError(f"`lr` of {type(optimizer).__name__} must be a number >= 0, got {rates[0]!r}.")
     return rates[0]
 
 
@@ -118,30 +120,37 @@ def run_closure(
     return Precision.optimizer_step(precision, optimizer, model=model, closure=closure)
 
 
-def log_step(module: pl.LightningModule, session: Session, update: StepUpdate, more: dict[str, float]) -> None:
-    """Write the scalars of one step."""
-    measured, tracker = session.measured, session.rule.tracker
-    values = {
-        "loss": measured.loss,
-        "loss_spread": measured.spread,
-        "grad_rms": tracker.rms,
-        "grad_last": measured.grad,
-        "scale_log2": float(tracker.scale_log2),
-        "lr": update.lr,
-        "step_rms": update.step_rms,
-        "directions": float(len(update.values)),
-        "abstained": float(update.abstained),
-        "saturated": float(update.saturated),
-        "workers": float(len(session.rule.roster)),
-        "journal_bytes": float(session.journal.num_bytes),
-        "step": float(update.step),
-        **more,
-    }
-    module.log_dict(
-        {f"spsa/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False, batch_size=1
-    )
+class StepLog:
+    """Writes the scalars of a step, on the steps Lightning logs at; counts add up in between."""
 
+    def __init__(self) -> None:
+        self._since: Counter[str] = Counter()
 
-def warn_once(text: str) -> None:
-    """A warning on every process that sees the reason."""
-    warnings.warn(text, stacklevel=3)
+    def write(self, module: pl.LightningModule, session: Session, update: StepUpdate, **more: float) -> None:
+        """Take in a step; names in ``more`` that end in ``_s`` add up too."""
+        durations = {name: value for name, value in more.items() if name.endswith("_s")}
+        for name, value in {"abstained": update.abstained, "saturated": update.saturated, **durations}.items():
+            self._since[name] += value  # type: ignore[assignment]
+        number, every = logging_step(module.trainer), module.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        # sixteen calls of Lightning's log take longer than a small model's forward pass
+        if not every or (number and (number + 1) % every):
+            return
+        measured, tracker = session.measured, session.rule.tracker
+        values = {
+            "loss": measured.loss,
+            "loss_spread": measured.spread,
+            "grad_rms": tracker.rms,
+            "grad_last": measured.grad,
+            "scale_log2": tracker.scale_log2,
+            "lr": update.lr,
+            "step_rms": update.step_rms,
+            "directions": len(update.values),
+            "workers": len(session.rule.roster),
+            "journal_bytes": session.journal.num_bytes,
+            "step": update.step,
+            **more,
+            **self._since,
+        }
+        self._since.clear()
+        tags = {f"spsa/{name}": float(value) for name, value in values.items()}
+        module.log_dict(tags, on_step=True, on_epoch=False, batch_size=1)

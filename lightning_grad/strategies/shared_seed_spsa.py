@@ -141,6 +141,7 @@ class SharedSeedSPSAStrategy(DDPStrategy):
         self._session: Session | None = None
         self._exchange: Exchange | None = None
         self._resumed = False
+        self._log = common.StepLog()
 
     @property
     def session(self) -> Session:
@@ -251,9 +252,9 @@ class SharedSeedSPSAStrategy(DDPStrategy):
         result = common.run_closure(self.precision_plugin, optimizer, closure, module)
         codes = b"".join(link.all_gather(session.payload()))
         record = session.record(codes, common.current_lr(optimizer), tuple(range(link.size)))
-        wire = {"bytes_sent": float(link.sent), "bytes_received": float(link.received), "wait_s": link.waited_s}
+        sent, received, waited_s = link.sent, link.received, link.waited_s
         update = session.commit(record, self._compare_digests if session.digest_due() else None)
-        common.log_step(module, session, update, wire)
+        self._log.write(module, session, update, bytes_sent=sent, bytes_received=received, wait_s=waited_s)
         return result
 
     def _compare_digests(self, mine: int) -> None:

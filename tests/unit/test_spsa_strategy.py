@@ -254,7 +254,7 @@ def test_wire_and_log(tmp_path):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             logged.append(dict(trainer.logged_metrics))
 
-    fit(tmp_path / "j", directions=3, trainer_settings={"callbacks": [Log()]})
+    fit(tmp_path / "j", directions=3, trainer_settings={"callbacks": [Log()], "log_every_n_steps": 1})
     row = {k.removeprefix("spsa/"): float(v) for k, v in logged[-1].items() if k.startswith("spsa/")}
     assert row["bytes_sent"] == row["directions"] == 12  # K = 4 micro-batches x 3 directions
     assert row["bytes_received"] == 12
@@ -318,7 +318,7 @@ def test_refusals(tmp_path):
     refused("SPSA needs automatic optimization; set self.automatic_optimization = True", tmp_path, manual,
             error=MisconfigurationException, trainer_settings={"accumulate_grad_batches": 1})  # fmt: skip
     many = with_optimizer(lambda m: [torch.optim.SGD(m.parameters(), lr=1.0)] * 2)
-    refused("configure_optimizers returned 2 optimizers", tmp_path, many, error=(SPSAConfigError, RuntimeError))
+    refused("multiple optimizers", tmp_path, many, error=RuntimeError)  # Lightning's own words come first
     refused(
         "`gradient_clip_val` has no effect without gradients", tmp_path, trainer_settings={"gradient_clip_val": 1.0}
     )
