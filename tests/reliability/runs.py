@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_grad import ChecksumCheckpointIO, RandomStateCheckpoint, ResumableDataLoader
+from lightning_grad import ChecksumCheckpointIO, RandomStateCheckpoint, ResumableDataLoader, SharedSeedSPSAStrategy
 
 NUM_SAMPLES, BATCH_SIZE, CONTEXT = 22, 4, 16
 STEPS_PER_EPOCH = 6  # 22 samples in batches of 4: the last batch is smaller
@@ -103,6 +103,16 @@ CASES = [
     Case("accumulate", trainer=lambda: {"accumulate_grad_batches": 2}),
     Case("mid_epoch_validation", trainer=lambda: {"val_check_interval": 4}),
     Case("limited_epochs", trainer=lambda: {"limit_train_batches": 4}),
+    Case(
+        "spsa",
+        optimizer=lambda params: torch.optim.SGD(params, lr=1e-3),
+        trainer=lambda: {"strategy": SharedSeedSPSAStrategy(normalize=True, forward_mode="train", momentum=0.5)},
+    ),
+    Case(
+        "spsa_without_weights",
+        optimizer=lambda params: torch.optim.SGD(params, lr=1e-3),
+        trainer=lambda: {"strategy": SharedSeedSPSAStrategy(directions=2, weights_in_checkpoint=False)},
+    ),
 ]
 
 
