@@ -135,6 +135,7 @@ class SharedSeedSPSAStrategy(DDPStrategy):
             start_method=start_method,
         )
         self._lr = lr
+        self._link_timeout = timeout
         self._journal_path = journal_path
         self._resume_journal = resume_journal
         self._weights_in_checkpoint = weights_in_checkpoint
@@ -159,7 +160,7 @@ class SharedSeedSPSAStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """No wrapper: there are no gradients to reduce. Parameters are chosen here, before ``configure_optimizers``."""
-        module = self._module()
+        module = self._net()
         with config_errors():
             select_trainable(module.named_parameters(), self._options.trainable)
 
@@ -168,20 +169,20 @@ class SharedSeedSPSAStrategy(DDPStrategy):
         if self._lr is None:
             super().setup_optimizers(trainer)
         else:
-            trained = [p for p in self._module().parameters() if p.requires_grad]
+            trained = [p for p in self._net().parameters() if p.requires_grad]
             self.optimizers = [torch.optim.SGD(trained, lr=self._lr)] if trained else []
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Check the configuration, make all ranks start from rank 0's weights, build the engine."""
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            common.check_trainer(trainer, self._module())
+            common.check_trainer(trainer, self._net())
             common.report_eps(self._options)
         super().setup(trainer)
         if not fitting:
             return
-        module = self._module()
-        self._exchange = Exchange(self._timeout)
+        module = self._net()
+        self._exchange = Exchange(self._link_timeout)
         self._exchange.broadcast_module(module)
         slots = trainer.accumulate_grad_batches * self._options.directions
         with config_errors():
@@ -248,7 +249,7 @@ class SharedSeedSPSAStrategy(DDPStrategy):
         **kwargs: Any,
     ) -> Any:
         """Measure the last micro-batch, exchange the codes and apply the update."""
-        module, session, link = self._module(), self.session, self._link()
+        module, session, link = self._net(), self.session, self._link()
         result = common.run_closure(self.precision_plugin, optimizer, closure, module)
         codes = b"".join(link.all_gather(session.payload()))
         record = session.record(codes, common.current_lr(optimizer), tuple(range(link.size)))
@@ -297,12 +298,12 @@ class SharedSeedSPSAStrategy(DDPStrategy):
                 with config_errors():
                     self._session.follow(journal)
             else:
-                replay(self._module().named_parameters(), journal, restore=self._options.restore)
+                replay(self._net().named_parameters(), journal, restore=self._options.restore)
             return
         super().load_model_state_dict(checkpoint, strict=strict)
         if self._session is not None and state is None:  # weights of another kind of run: a new base
             with config_errors():
-                self._session = Session(self._options, self._module(), self._session.header.directions)
+                self._session = Session(self._options, self._net(), self._session.header.directions)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Continue the journal of the checkpoint."""
@@ -333,7 +334,7 @@ class SharedSeedSPSAStrategy(DDPStrategy):
             self._session = None
         super().teardown()
 
-    def _module(self) -> pl.LightningModule:
+    def _net(self) -> pl.LightningModule:
         module = self.lightning_module
         assert module is not None, "the Trainer connects a module before any hook runs"
         return module

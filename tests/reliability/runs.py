@@ -111,7 +111,7 @@ CASES = [
     Case(
         "spsa_without_weights",
         optimizer=lambda params: torch.optim.SGD(params, lr=1e-3),
-        trainer=lambda: {"strategy": SharedSeedSPSAStrategy(directions=2, weights_in_checkpoint=False)},
+        trainer=lambda: {"strategy": SharedSeedSPSAStrategy(forward_mode="train", weights_in_checkpoint=False)},
     ),
 ]
 
