@@ -82,7 +82,11 @@ def test_what_is_wrong_is_one_line_and_status_one(run, capsys):
     assert "steps          1" in shown.out
     assert "record 1 at byte offset" in shown.err
     torch.save({"a": 1}, folder / "x.ckpt")
-    others = {"base.safetensors": "neither a journal nor a checkpoint", "x.ckpt": "neither a journal", "no": "No such file"}
+    others = {
+        "base.safetensors": "neither a journal nor a checkpoint",
+        "x.ckpt": "neither a journal",
+        "no": "No such file",
+    }
     for name, text in others.items():
         assert main(["inspect", "--journal", str(folder / name)]) == 1
         assert text in capsys.readouterr().err
