@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, TypedDict, Unpack, cast
+from typing import Any, ClassVar, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -13,12 +12,21 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_grad.optim._buckets import Layout, Plan, Unit, make_plan
 from lightning_grad.optim._checks import check_group
-from lightning_grad.optim._math import TensorList, stochastic_round
+from lightning_grad.optim._executors import (
+    Group,
+    Hyper,
+    Rule,
+    State,
+    load,
+    real_view,
+    run_compiled,
+    run_differentiable,
+    run_in_place,
+    run_list,
+    store,
+)
+from lightning_grad.optim._math import Pool
 
-Hyper = dict[str, Any]
-State = dict[str, Any]
-Group = dict[str, Any]
-Rule = Callable[[Any, Any, State, Hyper], tuple[Any, State]]
 Work = list[tuple[Group, list[tuple[Unit, Hyper]]]]
 
 
@@ -56,9 +64,6 @@ _SWITCH_DEFAULTS: Switches = {
     "state_dtype": "param",
     "stochastic_rounding": False,
 }
-
-# One compiled callable per rule, dtype, device type and set of switches; None after a failure.
-_compiled: dict[tuple[Any, ...], Callable[..., None] | None] = {}
 
 
 class RuleOptimizer(Optimizer):
@@ -227,28 +232,11 @@ class RuleOptimizer(Optimizer):
             self._update()
         return loss
 
-    def _update(self) -> None:
-        plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
-        work: Work = [
-            (group, [(unit, self._hyper(group, unit)) for unit in plan.units])
-            for group, plan in zip(self.param_groups, plans, strict=True)
-            if plan is not None
-        ]
-        if work and self.kind == "global":
-            self._measure_all(work)
-        for group, units in work:
-            for unit, h in units:
-                if group["differentiable"]:
-                    self._run_differentiable(group, unit, h)
-                else:
-                    self._run(group, unit, h)
-
     # ---- planning -----------------------------------------------------------------------------------------------
 
     def _forget_plans(self) -> None:
         self._plans: dict[int, Plan] = {}
         self._pool: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-        self._refused: set[int] = set()
 
     def _scratch(self, device: torch.device, dtype: torch.dtype, numel: int) -> tuple[Tensor, Tensor]:
         """Two buffers that all gathered units of a device and dtype use in turn."""
@@ -260,7 +248,7 @@ class RuleOptimizer(Optimizer):
 
     def _plan(self, index: int, group: Group) -> Plan | None:
         """The layout of a group for the parameters that have gradients now."""
-        params = []
+        params, grads = [], []
         for param in group["params"]:
             grad = param.grad
             if grad is None:
@@ -271,6 +259,7 @@ class RuleOptimizer(Optimizer):
                     " use torch.optim.SparseAdam for this parameter"
                 )
             params.append(param)
+            grads.append(grad)
         if not params:
             return None
         listed = bool(group["foreach"]) and self.kind == "elementwise"
@@ -281,9 +270,9 @@ class RuleOptimizer(Optimizer):
         )  # fmt: skip
         plan = self._plans.get(index)
         if plan is not None and plan.holds(signature, params, self.state):
+            plan.give(grads)
             return plan
-        positions = {id(param): position for position, param in enumerate(group["params"])}
-        self._check_rounding(group, [(positions[id(param)], param) for param in params])
+        self._check_rounding(group)
         single = group["foreach"] is False or group["differentiable"] or self.kind == "tensor"
         layout = Layout(
             state=self.state_names(group),
@@ -300,20 +289,36 @@ class RuleOptimizer(Optimizer):
             capacity=self.capacity,
             scratch=self._scratch,
         )
-        plan = make_plan(signature, [(positions[id(p)], p) for p in params], self.state, layout)
+        plan = make_plan(signature, params, self.state, layout)
+        plan.give(grads)
         self._plans[index] = plan
         return plan
 
-    def _check_rounding(self, group: Group, params: list[tuple[int, Tensor]]) -> None:
+    def _check_rounding(self, group: Group) -> None:
         if not group["stochastic_rounding"]:
             return
-        for index, param in params:
-            if param.dtype is not torch.bfloat16:
+        for index, param in enumerate(group["params"]):
+            if param.grad is not None and param.dtype is not torch.bfloat16:
                 raise ValueError(
                     f"stochastic_rounding needs bfloat16 parameters, got {param.dtype} for parameter {index}"
                 )
 
     # ---- execution ----------------------------------------------------------------------------------------------
+
+    def _update(self) -> None:
+        plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
+        work: Work = [
+            (group, [(unit, self._hyper(group, unit)) for unit in plan.units])
+            for group, plan in zip(self.param_groups, plans, strict=True)
+            if plan is not None
+        ]
+        if work and self.kind == "global":
+            self._measure_all(work)
+        pool = Pool()
+        for group, units in work:
+            for unit, h in units:
+                self._run(group, unit, h, pool)
+                unit.release()
 
     def _hyper(self, group: Group, unit: Unit) -> Hyper:
         step = unit.advance(group["capturable"])
@@ -323,6 +328,27 @@ class RuleOptimizer(Optimizer):
             values = {**values, "lr": lr.item()}
         h = self.hyper(values, step)
         return {k: v.to(unit.compute_dtype) if isinstance(v, Tensor) else v for k, v in h.items()}
+
+    def _run(self, group: Group, unit: Unit, h: Hyper, pool: Pool) -> None:
+        """Update the parameters of a unit in place."""
+        if group["differentiable"]:
+            run_differentiable(self.rule_for, group, unit, list(self.state_names(group)), h)
+        elif unit.listed:
+            run_list(self.rule, group, unit, list(self.state_names(group)), h)
+        else:
+            p, g = load(unit)
+            compiled = group["compile"] and run_compiled(type(self), self.unit_rule(unit), group, unit, h, p, g)
+            if not compiled:
+                self._run_eager(group, unit, h, pool, p, g)
+            store(unit)
+
+    def _run_eager(self, group: Group, unit: Unit, h: Hyper, pool: Pool, p: Tensor, g: Tensor) -> None:
+        size = p.shape[0] if self.kind == "tensor" else self._block(p)
+        run_in_place(self.rule, group, unit, h, size, pool, p, g)
+
+    def _block(self, p: Tensor) -> int:
+        """Rows (or elements) of a flat tensor that the eager rule works on at a time."""
+        return max(1, self.block.get(p.device.type, 1 << 24) * p.shape[0] // p.numel())
 
     def _measure_all(self, work: Work) -> None:
         """Sum :meth:`measure` over the parameters of each group, and add what :meth:`prologue` makes of it to ``h``."""
@@ -342,163 +368,19 @@ class RuleOptimizer(Optimizer):
 
     def _pieces(self, group: Group, unit: Unit) -> Iterator[tuple[Tensor, Tensor, State]]:
         """Values, gradients and states of a unit, block by block, in the dtype of computation."""
-        dtype, sign = unit.compute_dtype, -1.0 if group["maximize"] else 1.0
+        dtype, names = unit.compute_dtype, list(self.state_names(group))
         if unit.listed:
-            for member in unit.members:
-                state = {name: _real(member.state[name]).to(dtype) for name in self.state_names(group)}
-                yield (
-                    _real(member.param).clone().to(dtype),
-                    _real(cast(Tensor, member.param.grad)).to(dtype) * sign,
-                    state,
-                )
+            for member, grad in zip(unit.members, unit.grads, strict=True):
+                g = -grad.to(dtype) if group["maximize"] else grad.to(dtype)
+                state = {name: real_view(member.state[name]).to(dtype) for name in names}
+                yield real_view(member.param).clone().to(dtype), g, state
             return
         p, g = load(unit)
         size = self._block(p)
-        for parts in zip(p.split(size), g.split(size), *(t.split(size) for t in unit.state.values()), strict=True):
-            state = {name: t.to(dtype) for name, t in zip(unit.state, parts[2:], strict=True)}
-            yield parts[0].to(dtype), parts[1].to(dtype) * sign if sign < 0 else parts[1].to(dtype), state
-
-    def _run(self, group: Group, unit: Unit, h: Hyper) -> None:
-        """Update the parameters of a unit in place."""
-        if unit.listed:
-            self._run_list(group, unit, h)
-            return
-        p, g = load(unit)
-        names = list(unit.state)
-        tensors = [unit.state[name] for name in names]
-        update = self._compiled_update(group, unit, names, h) if group["compile"] else None
-        if update is None or not self._try_compiled(update, unit, p, g, tensors, h):
-            self._run_eager(group, unit, names, p, g, tensors, h)
-        store(unit)
-
-    def _run_eager(
-        self, group: Group, unit: Unit, names: list[str], p: Tensor, g: Tensor, tensors: list[Tensor], h: Hyper
-    ) -> None:
-        whole = self.kind == "tensor" or (group["foreach"] is False and unit.compute_dtype is p.dtype)
-        size = p.shape[0] if whole else self._block(p)
-        for parts in zip(p.split(size), g.split(size), *(t.split(size) for t in tensors), strict=True):
-            apply_rule(
-                self.rule, names, unit.compute_dtype, group["maximize"], group["stochastic_rounding"],
-                parts[0], parts[1], list(parts[2:]), h,
-            )  # fmt: skip
-
-    def _block(self, p: Tensor) -> int:
-        """Rows (or elements) of a flat tensor that the eager rule works on at a time."""
-        return max(1, self.block.get(p.device.type, self.block["cuda"]) * p.shape[0] // p.numel())
-
-    def _run_list(self, group: Group, unit: Unit, h: Hyper) -> None:
-        dtype = unit.compute_dtype
-        params = unit.params
-        grads = [_real(cast(Tensor, member.param.grad)) for member in unit.members]
-        names = list(self.state_names(group))
-        states = {name: [_real(member.state[name]) for member in unit.members] for name in names}
-        p = TensorList([t.to(dtype) for t in params])
-        g = TensorList([t.to(dtype) for t in grads])
-        s = {name: TensorList([t.to(dtype) for t in tensors]) for name, tensors in states.items()}
-        new_p, new_s = self.rule(p, -g if group["maximize"] else g, s, h)
-        values = [stochastic_round(t) for t in new_p.items] if group["stochastic_rounding"] else new_p.items
-        torch._foreach_copy_(params, values)
-        for name, value in new_s.items():
-            torch._foreach_copy_(states[name], value.items)
-
-    def _run_differentiable(self, group: Group, unit: Unit, h: Hyper) -> None:
-        for member in unit.members:
-            # a copy: the rule's graph must not see the in-place change below
-            p, g, dtype = _real(member.param).clone(), _real(cast(Tensor, member.param.grad)), unit.compute_dtype
-            s = {name: _real(member.state[name]).to(dtype) for name in self.state_names(group)}
-            rule = self.rule_for(member.param, h)
-            new_p, new_s = rule(p.to(dtype), -g.to(dtype) if group["maximize"] else g.to(dtype), s, h)
-            new_p = stochastic_round(new_p) if group["stochastic_rounding"] else new_p
-            member.param.copy_(_like(new_p, member.param))
-            for name, value in new_s.items():  # replaced, so that the graph of this step survives the next
-                member.state[name] = member.views[name] = _like(value, member.param).to(member.state[name].dtype)
-
-    def _compiled_update(self, group: Group, unit: Unit, names: list[str], h: Hyper) -> Callable[..., None] | None:
-        flags = tuple((k, v) for k, v in h.items() if isinstance(v, bool))
-        scalars = tuple(k for k, v in h.items() if not isinstance(v, bool))
-        key = (
-            type(self), unit.compute_dtype, unit.device.type, tuple(names), flags, scalars,
-            group["maximize"], group["stochastic_rounding"],
-        )  # fmt: skip
-        if key not in _compiled:
-            rule, dtype, maximize, rounding = (
-                self.rule,
-                unit.compute_dtype,
-                group["maximize"],
-                group["stochastic_rounding"],
-            )
-
-            def update(p: Tensor, g: Tensor, tensors: list[Tensor], packed: Tensor) -> None:
-                numbers = dict(zip(scalars, packed.unbind(0), strict=True))
-                apply_rule(rule, names, dtype, maximize, rounding, p, g, tensors, {**dict(flags), **numbers})
-
-            _compiled[key] = torch.compile(update, dynamic=True, fullgraph=True)
-        return _compiled[key]
-
-    def _try_compiled(
-        self, update: Callable[..., None], unit: Unit, p: Tensor, g: Tensor, tensors: list[Tensor], h: Hyper
-    ) -> bool:
-        dtype = unit.compute_dtype
-        values = [v for v in h.values() if not isinstance(v, bool)]
-        if any(isinstance(v, Tensor) for v in values):
-            packed = torch.stack([torch.as_tensor(v, dtype=dtype, device=p.device) for v in values])
-        else:
-            packed = torch.tensor(values, dtype=dtype).to(p.device, non_blocking=True)
-        try:
-            update(p, g, tensors, packed, unit.rows)
-        except Exception as error:
-            for key, known in _compiled.items():
-                if known is update:
-                    _compiled[key] = None
-            warnings.warn(
-                f"{type(self).__name__}: torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0]});"
-                " continuing without it",
-                stacklevel=4,
-            )
-            return False
-        return True
-
-
-def apply_rule(
-    rule: Rule, names: list[str], dtype: torch.dtype, maximize: bool, rounding: bool,
-    p: Tensor, g: Tensor, tensors: list[Tensor], h: Hyper,
-) -> None:  # fmt: skip
-    """Run the rule in ``dtype`` and copy the results back in place."""
-    g = g.to(dtype)
-    state = {name: tensor.to(dtype) for name, tensor in zip(names, tensors, strict=True)}
-    new_p, new_s = rule(p.to(dtype), -g if maximize else g, state, h)
-    p.copy_(stochastic_round(new_p) if rounding else new_p)
-    for name, tensor in zip(names, tensors, strict=True):
-        if name in new_s:
-            tensor.copy_(new_s[name])
-
-
-def load(unit: Unit) -> tuple[Tensor, Tensor]:
-    """Flat values and gradients of a unit; gathered units are copied into scratch, others are views."""
-    if unit.gathered and unit.scratch is not None:
-        torch._foreach_copy_(unit.views, unit.params)
-        torch._foreach_copy_(unit.grad_views, [_real(cast(Tensor, member.param.grad)) for member in unit.members])
-        return unit.scratch
-    p = cast(Tensor, unit.value)
-    real = unit.members[0].real
-    grad = _real(cast(Tensor, unit.members[0].param.grad))
-    if grad.stride() != real.stride():
-        grad = torch.empty_like(real).copy_(grad)
-    return p, grad.as_strided((grad.numel(),), (1,)).view(unit.shape)
-
-
-def store(unit: Unit) -> None:
-    """Write the values of a gathered unit back to its parameters."""
-    if unit.gathered:
-        torch._foreach_copy_(unit.params, unit.views)
-
-
-def _real(value: Tensor) -> Tensor:
-    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
-
-
-def _like(value: Tensor, param: Tensor) -> Tensor:
-    return torch.view_as_complex(value) if param.is_complex() else value
+        states_of = [unit.state[name].split(size) for name in names]
+        for pb, gb, *states in zip(p.split(size), g.split(size), *states_of, strict=True):
+            gb = -gb.to(dtype) if group["maximize"] else gb.to(dtype)
+            yield pb.to(dtype), gb, {name: t.to(dtype) for name, t in zip(names, states, strict=True)}
 
 
 def _own(value: Any) -> Any:

@@ -7,9 +7,10 @@ parameter is a unit of its own and is updated in place through a flat view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
+from operator import is_
 from typing import Any
 
 import torch
@@ -20,21 +21,13 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 @dataclass
 class Member:
-    """A parameter with a gradient, and what must still hold at the next step for its place to be valid."""
+    """A parameter with a gradient."""
 
     param: Tensor
-    index: int  # position in the group, for error texts
-    pointer: int
-    dtype: torch.dtype
+    order: int  # among the parameters of the group that have gradients
     state: dict[str, Any]
-    views: dict[str, Tensor] = field(default_factory=dict)
-    step: float = 0.0
-
-    @property
-    def real(self) -> Tensor:
-        """The values as real numbers, outside of autograd."""
-        value = self.param.detach()
-        return torch.view_as_real(value) if value.is_complex() else value
+    step: float
+    real: Tensor  # the values as real numbers, outside of autograd
 
 
 @dataclass
@@ -57,6 +50,9 @@ class Unit:
     views: list[Tensor] = field(default_factory=list)  # gathered: places of the members in the scratch buffer
     grad_views: list[Tensor] = field(default_factory=list)
     scratch: tuple[Tensor, Tensor] | None = None
+    params: list[Tensor] = field(default_factory=list)  # the members' values, as real numbers
+    grads: list[Tensor] = field(default_factory=list)  # of this step
+    is_complex: bool = False
     rows: tuple[Tensor, ...] = ()  # rowwise, several members: the member of each row, and the rows of each member
     version: int = 0
 
@@ -71,9 +67,9 @@ class Unit:
     def device(self) -> torch.device:
         return self.members[0].param.device
 
-    @property
-    def params(self) -> list[Tensor]:
-        return [member.real for member in self.members]
+    def release(self) -> None:
+        """Forget the gradients, so that ``zero_grad(set_to_none=True)`` frees them."""
+        self.grads = []
 
     def advance(self, capturable: bool) -> Tensor | float:
         """Count the step and return it: a number, or a 0-dim float64 tensor on the device if ``capturable``."""
@@ -88,23 +84,33 @@ class Plan:
     """The units of a group for one set of parameters that have gradients."""
 
     signature: tuple[Any, ...]
-    members: list[Member]
+    params: list[Tensor]
+    states: list[dict[str, Any]]
     units: list[Unit]
 
+    def __post_init__(self) -> None:
+        self.pointers = [param.data_ptr() for param in self.params]
+        # the tensors are alive as long as the plan, so an id stands for one of them
+        self.entries = [value for state in self.states for value in state.values()]
+        self.ids = [id(value) for value in self.entries]
+
+    def give(self, grads: list[Tensor]) -> None:
+        """Hand the units the gradients of this step, in the order of ``params``."""
+        for unit in self.units:
+            found = [grads[member.order] for member in unit.members]
+            unit.grads = [torch.view_as_real(g.resolve_conj()) for g in found] if unit.is_complex else found
+
     def holds(self, signature: tuple[Any, ...], params: list[Tensor], states: Mapping[Any, Any]) -> bool:
-        """Whether nothing has changed since the plan was made."""
-        if signature != self.signature or len(params) != len(self.members):
-            return False
-        for param, member in zip(params, self.members, strict=True):
-            if param is not member.param or param.data_ptr() != member.pointer or param.dtype is not member.dtype:
-                return False
-            state = states.get(param)
-            if state is not member.state:
-                return False
-            for name, view in member.views.items():
-                if state.get(name) is not view:
-                    return False
-        return all(unit.steps._version == unit.version for unit in self.units)
+        """Whether nothing has changed since the plan was made: parameters, their storage, and their state."""
+        return (
+            signature == self.signature
+            and len(params) == len(self.params)
+            and all(map(is_, params, self.params))
+            and [param.data_ptr() for param in params] == self.pointers
+            and all(map(is_, map(states.get, params), self.states))
+            and [id(value) for state in self.states for value in state.values()] == self.ids
+            and all(unit.steps._version == unit.version for unit in self.units)
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def compute_dtype_of(param: Tensor) -> torch.dtype:
 
 def make_plan(
     signature: tuple[Any, ...],
-    params: Iterable[tuple[int, Tensor]],
+    params: list[Tensor],
     states: Mapping[Any, dict[str, Any]],
     layout: Layout,
 ) -> Plan:
@@ -140,15 +146,17 @@ def make_plan(
 
     Args:
         signature: Compared by :meth:`Plan.holds`.
-        params: Position in the group and parameter, for those with a gradient.
+        params: The parameters of the group that have a gradient.
         states: The optimizer's ``state``; entries are made for new parameters, and replaced by views.
         layout: See :class:`Layout`.
     """
     members = []
-    for index, param in params:
+    for order, param in enumerate(params):
         state = states[param]
         step = float(state["step"]) if "step" in state else 0.0
-        members.append(Member(param, index, param.data_ptr(), param.dtype, state, step=step))
+        value = param.detach()
+        real = torch.view_as_real(value) if value.is_complex() else value
+        members.append(Member(param, order, state, step, real))
     units = []
     for group in _split(members, layout):
         unit = _list_unit(group, layout) if _is_listed(group[0], layout) else _flat_unit(group, layout)
@@ -158,7 +166,7 @@ def make_plan(
             _adopt(member, "step", count)
         unit.version = unit.steps._version
         units.append(unit)
-    return Plan(signature, members, units)
+    return Plan(signature, params, [member.state for member in members], units)
 
 
 def _split(members: list[Member], layout: Layout) -> list[list[Member]]:
@@ -195,7 +203,10 @@ def _new_unit(
 ) -> Unit:
     first = group[0]
     decay = not (layout.split_1d and first.param.ndim <= 1)
-    return Unit(group, compute_dtype_of(first.param), decay, torch.empty(0), first.step, gathered, listed, shape)
+    unit = Unit(group, compute_dtype_of(first.param), decay, torch.empty(0), first.step, gathered, listed, shape)
+    unit.params = [member.real for member in group]
+    unit.is_complex = first.param.is_complex()
+    return unit
 
 
 def _flat_unit(group: list[Member], layout: Layout) -> Unit:
@@ -248,7 +259,6 @@ def _flat_state(
         old = torch.view_as_real(old) if old.is_complex() else old
         whole = old.untyped_storage().nbytes() == old.numel() * old.element_size()
         if whole and old.dtype is dtype and old.stride() == places[0][1] and old.device == unit.device:
-            first.views[name] = first.state[name]
             return _flatten(old)
     flat = torch.full((unit.numel,), fill, dtype=dtype, device=unit.device)
     for member, place in zip(unit.members, places, strict=True):
@@ -265,9 +275,7 @@ def _list_unit(group: list[Member], layout: Layout) -> Unit:
             dtype = torch.float32 if layout.float32_state else member.real.dtype
             dtype = dtype.to_complex() if member.param.is_complex() else dtype
             old = member.state.get(name)
-            if old is not None and old.dtype is dtype and old.device == member.param.device:
-                member.views[name] = old
-            else:
+            if old is None or old.dtype is not dtype or old.device != member.param.device:
                 _adopt(member, name, torch.full_like(member.param, fill, dtype=dtype, requires_grad=False))
     return unit
 
@@ -277,4 +285,3 @@ def _adopt(member: Member, name: str, view: Tensor) -> None:
     if name in member.state:
         view.copy_(member.state[name])
     member.state[name] = view
-    member.views[name] = view

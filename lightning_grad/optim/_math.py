@@ -1,4 +1,8 @@
-"""Arithmetic that update rules are written in: one rule runs on a tensor, on a list of tensors and in a compiler."""
+"""Arithmetic that update rules are written in.
+
+One rule runs on tensors (compiled, differentiable), on lists of tensors (:class:`TensorList`), and in place without
+fresh temporaries (:class:`Buffer`).
+"""
 
 from __future__ import annotations
 
@@ -64,6 +68,98 @@ class TensorList:
         return TensorList(list(torch._foreach_addcdiv(self.items, a.items, b.items, value)))
 
 
+class Pool:
+    """Memory for temporaries: the n-th one of every block is the same memory."""
+
+    def __init__(self) -> None:
+        self._bases: list[Tensor] = []
+        self._views: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+        self._next = 0
+
+    def reset(self) -> None:
+        """A new block begins: what was taken is free."""
+        self._next = 0
+
+    def take(self, like: Tensor) -> Tensor:
+        """An uninitialized tensor with the shape, dtype and device of ``like``."""
+        index, self._next = self._next, self._next + 1
+        key = (index, like.shape, like.dtype)
+        view = self._views.get(key)
+        if view is None or view.device != like.device:
+            view = self._views[key] = self._view(index, like)
+        return view
+
+    def _view(self, index: int, like: Tensor) -> Tensor:
+        if index == len(self._bases):
+            self._bases.append(like.new_empty(like.numel()))
+        base = self._bases[index]
+        if base.numel() < like.numel() or base.dtype != like.dtype or base.device != like.device:
+            self._views = {key: view for key, view in self._views.items() if key[0] != index}
+            base = self._bases[index] = like.new_empty(like.numel())
+        return base[: like.numel()].view(like.shape)
+
+
+class Buffer:
+    """A tensor in an expression that is evaluated once: temporaries (``own``) are overwritten by the next operator.
+
+    In the eager mode every fresh temporary costs as much as the arithmetic. The parameter is ``own`` too, because a
+    rule only makes its next value from it; gradients are not, and states change through :func:`ema`,
+    :func:`ema_of_square` and :func:`scale_add` only. A rule may therefore use a temporary as the left operand once.
+    """
+
+    __slots__ = ("own", "pool", "tensor")
+
+    def __init__(self, tensor: Tensor, pool: Pool, own: bool = False) -> None:
+        self.tensor, self.pool, self.own = tensor, pool, own
+
+    def _apply(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Buffer:
+        """Run ``op`` into this tensor if it is a temporary, else into a new one."""
+        if self.own:
+            op(self.tensor, *args, **kwargs, out=self.tensor)
+            return self
+        out = self.pool.take(self.tensor)
+        op(self.tensor, *args, **kwargs, out=out)
+        return Buffer(out, self.pool, True)
+
+    def __add__(self, other: Buffer | Scalar) -> Buffer:
+        return self._apply(torch.add, other.tensor if isinstance(other, Buffer) else other)
+
+    def __sub__(self, other: Buffer | Scalar) -> Buffer:
+        return self._apply(torch.sub, other.tensor if isinstance(other, Buffer) else other)
+
+    def __mul__(self, other: Buffer | Scalar) -> Buffer:
+        return self._apply(torch.mul, other.tensor if isinstance(other, Buffer) else other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Buffer | Scalar) -> Buffer:
+        return self._apply(torch.div, other.tensor if isinstance(other, Buffer) else other)
+
+    def __neg__(self) -> Buffer:
+        return self._apply(torch.neg)
+
+    def abs(self) -> Buffer:
+        return self._apply(torch.abs)
+
+    def sqrt(self) -> Buffer:
+        return self._apply(torch.sqrt)
+
+    def sigmoid(self) -> Buffer:
+        return self._apply(torch.sigmoid)
+
+    def clamp_min(self, low: float) -> Buffer:
+        return self._apply(torch.clamp, low)
+
+    def add(self, other: Buffer, *, alpha: float) -> Buffer:
+        return self._apply(torch.add, other.tensor, alpha=alpha)
+
+    def addcdiv(self, a: Buffer, b: Buffer, *, value: float) -> Buffer:
+        return self._apply(torch.addcdiv, a.tensor, b.tensor, value=value)
+
+    def addcmul(self, a: Buffer, b: Buffer, *, value: float) -> Buffer:
+        return self._apply(torch.addcmul, a.tensor, b.tensor, value=value)
+
+
 # A scalar is a number in the eager modes (one fused kernel) and a 0-dim tensor when it must not be read on the host.
 
 
@@ -83,13 +179,31 @@ def addcdiv(y: Any, a: Any, b: Any, c: Scalar) -> Any:
 
 
 def ema(average: Any, x: Any, beta: Scalar) -> Any:
-    """``beta * average + (1 - beta) * x``."""
+    """``beta * average + (1 - beta) * x``, for a state: the old value is gone afterwards."""
+    if isinstance(average, Buffer):
+        average.tensor.lerp_(x.tensor, 1.0 - beta)
+        return average
     return average.lerp(x, 1.0 - beta)
 
 
 def ema_of_square(average: Any, x: Any, beta: Scalar) -> Any:
-    """``beta * average + (1 - beta) * x * x``."""
+    """``beta * average + (1 - beta) * x * x``, for a state: the old value is gone afterwards."""
+    if isinstance(average, Buffer):
+        average.tensor.mul_(beta)
+        if isinstance(beta, Tensor):
+            average.tensor.add_((x.tensor * (1.0 - beta)).mul_(x.tensor))
+        else:
+            average.tensor.addcmul_(x.tensor, x.tensor, value=1.0 - beta)
+        return average
     return addcmul(average * beta, x, x, 1.0 - beta)
+
+
+def scale_add(state: Any, factor: Scalar, x: Any, a: Scalar) -> Any:
+    """``factor * state + a * x``, for a state: the old value is gone afterwards."""
+    if isinstance(state, Buffer):
+        axpy(Buffer(state.tensor, state.pool, own=True) * factor, x, a)
+        return state
+    return axpy(state * factor, x, a)
 
 
 def stochastic_round(x: Tensor) -> Tensor:

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.optim._base import Group, Hyper, Rule, RuleOptimizer, State
+from lightning_grad.optim._base import RuleOptimizer
 from lightning_grad.optim._buckets import Unit
-from lightning_grad.optim._math import axpy
-from lightning_grad.optim._math import stochastic_round as rounded
+from lightning_grad.optim._executors import Group, Hyper, Rule, State, run_in_place, signed, write
+from lightning_grad.optim._math import Buffer, Pool, axpy
+
+# Parameters up to this size keep the direction of all rows between the two passes; larger ones compute it again.
+_HOLD = 1 << 18
 
 
 class RowSums(NamedTuple):
@@ -79,41 +82,43 @@ class ProjectedOptimizer(RuleOptimizer):
         return rule
 
     @override
-    def _run_eager(
-        self, group: Group, unit: Unit, names: list[str], p: Tensor, g: Tensor, tensors: list[Tensor], h: Hyper
-    ) -> None:
-        """Two passes over blocks of rows: state and row sums, then the parameters."""
-        dtype, sign = unit.compute_dtype, -1.0 if group["maximize"] else 1.0
-        projects = h["projects"] and len(unit.shape) == 2
-        size = self._block(p)
-        blocks = list(zip(p.split(size), g.split(size), *(t.split(size) for t in tensors), strict=True))
-        sums, kept = [], []
-        for parts in blocks:
-            pb, gb = parts[0].to(dtype), parts[1].to(dtype)
-            gb = -gb if sign < 0 else gb
-            new_s = self.advance(gb, {n: t.to(dtype) for n, t in zip(names, parts[2:], strict=True)}, h)
-            for name, tensor in zip(names, parts[2:], strict=True):
-                tensor.copy_(new_s[name])
-            if len(blocks) == 1 or projects:
-                u = self.direction(gb, new_s, h)
-            if projects:
-                sums.append(RowSums(_dot(pb, gb), _dot(gb, gb), _dot(pb, pb), _dot(pb, u)))
-            if len(blocks) == 1:
-                kept.append((pb, u))
-        keep: Any = 1.0 - h["decay"]
-        if projects:
-            whole = RowSums(*(torch.cat(column) for column in zip(*sums, strict=True)))
-            keep = row_factor(whole, p.shape[1], {**h, "rows": unit.rows})[:, None]
-        keeps = keep.split(size) if isinstance(keep, Tensor) and keep.ndim == 2 else [keep] * len(blocks)
-        for index, (parts, factor) in enumerate(zip(blocks, keeps, strict=True)):
-            if kept:
-                pb, u = kept[index]
-            else:  # again, rather than holding it for all blocks
-                gb = -parts[1].to(dtype) if sign < 0 else parts[1].to(dtype)
-                pb = parts[0].to(dtype)
-                u = self.direction(gb, {n: t.to(dtype) for n, t in zip(names, parts[2:], strict=True)}, h)
-            new_p = axpy(pb * factor, u, -h["step_size"])
-            parts[0].copy_(rounded(new_p) if group["stochastic_rounding"] else new_p)
+    def _run_eager(self, group: Group, unit: Unit, h: Hyper, pool: Pool, p: Tensor, g: Tensor) -> None:
+        """Two passes over blocks of rows: state, direction and row sums; then the parameters."""
+        dtype, names = unit.compute_dtype, list(unit.state)
+        if not h["projects"] or len(unit.shape) == 1:
+            run_in_place(self._plain, group, unit, h, self._block(p), pool, p, g)
+            return
+        size = p.shape[0] if p.numel() <= _HOLD else self._block(p)
+        blocks = list(zip(p.split(size), g.split(size), *(unit.state[n].split(size) for n in names), strict=True))
+        sums = []
+        for pb, gb, *states in blocks:
+            pool.reset()
+            value, gradient = pb.to(dtype), signed(gb.to(dtype), group, pool)
+            state: State = {name: Buffer(t.to(dtype), pool) for name, t in zip(names, states, strict=True)}
+            state |= self.advance(gradient, state, h)
+            for name, t in zip(names, states, strict=True):
+                write(t, state[name].tensor)
+            u: Buffer = self.direction(gradient, state, h)
+            products = [(value, gradient.tensor), (gradient.tensor,) * 2, (value, value), (value, u.tensor)]
+            sums.append(RowSums(*(_row_dots(a, b, pool) for a, b in products)))
+        whole = RowSums(*(torch.cat(column) for column in zip(*sums, strict=True))) if len(sums) > 1 else sums[0]
+        factor = row_factor(whole, p.shape[1], {**h, "rows": unit.rows})[:, None]
+        for (pb, gb, *states), rows in zip(blocks, factor.split(size), strict=True):
+            if len(blocks) > 1:  # again, rather than a temporary of the parameter's size
+                pool.reset()
+                state = {name: Buffer(t.to(dtype), pool) for name, t in zip(names, states, strict=True)}
+                u = self.direction(signed(gb.to(dtype), group, pool), state, h)
+            new_p = axpy(Buffer(pb.to(dtype), pool, own=True) * rows, u, -h["step_size"])
+            write(pb, new_p.tensor, group["stochastic_rounding"])
+
+
+def _row_dots(a: Tensor, b: Tensor, pool: Pool) -> Tensor:
+    """Inner product of each row of ``a`` with that of ``b``."""
+    if a is b:
+        norms: Tensor = torch.linalg.vector_norm(a, dim=1)
+        return norms.square_()
+    product: Tensor = torch.mul(a, b, out=pool.take(a))
+    return product.sum(1)
 
 
 def row_factor(sums: RowSums, row_length: int, h: Hyper) -> Tensor:
@@ -161,7 +166,3 @@ def _at_least(norm: Tensor, eps: Any, tiny: float) -> Tensor:
         norm = torch.maximum(norm, eps)
         eps = 0.0
     return norm.clamp_min(max(eps, tiny))
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1)

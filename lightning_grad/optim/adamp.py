@@ -8,8 +8,9 @@ import torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_grad.optim._base import Group, Hyper, State, Switches
-from lightning_grad.optim._math import ema, ema_of_square
+from lightning_grad.optim._base import Switches
+from lightning_grad.optim._executors import Group, Hyper, State
+from lightning_grad.optim._math import axpy, ema, ema_of_square
 from lightning_grad.optim._projection import ProjectedOptimizer
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -96,4 +97,5 @@ class AdamP(ProjectedOptimizer):
         denominator = s["exp_avg_sq"].sqrt() + h["eps"]
         if h["guard"]:  # 0 / 0 counts as 0
             denominator = denominator.clamp_min(_TINY)
-        return (ema(s["exp_avg"], g, h["beta1"]) if h["nesterov"] else s["exp_avg"]) / denominator
+        m = axpy(s["exp_avg"] * h["beta1"], g, 1.0 - h["beta1"]) if h["nesterov"] else s["exp_avg"]
+        return m / denominator

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Unpack
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_grad.optim._base import Group, Hyper, State, Switches
-from lightning_grad.optim._math import axpy
+from lightning_grad.optim._base import Switches
+from lightning_grad.optim._executors import Group, Hyper, State
+from lightning_grad.optim._math import axpy, scale_add
 from lightning_grad.optim._projection import ProjectedOptimizer
 
 
@@ -83,7 +84,7 @@ class SGDP(ProjectedOptimizer):
     def advance(g: Any, s: State, h: Hyper) -> State:
         if "momentum_buffer" not in s:
             return {}
-        return {"momentum_buffer": axpy(s["momentum_buffer"] * h["momentum"], g, h["fresh"])}
+        return {"momentum_buffer": scale_add(s["momentum_buffer"], h["momentum"], g, h["fresh"])}
 
     @override
     @staticmethod

@@ -1,0 +1,171 @@
+"""The ways to run a rule on a unit: in place, on lists, through autograd, and compiled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lightning_grad.optim._buckets import Unit
+from lightning_grad.optim._math import Buffer, Pool, TensorList, stochastic_round
+
+Hyper = dict[str, Any]
+State = dict[str, Any]
+Group = dict[str, Any]
+Rule = Callable[[Any, Any, State, Hyper], tuple[Any, State]]
+
+# One compiled callable per rule, dtype, device type and set of switches; None after a failure.
+_compiled: dict[tuple[Any, ...], Callable[..., None] | None] = {}
+
+
+def real_view(value: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones; other tensors as they are."""
+    return torch.view_as_real(value) if value.is_complex() else value
+
+
+def load(unit: Unit) -> tuple[Tensor, Tensor]:
+    """Flat values and gradients of a unit; gathered units are copied into scratch, others are views."""
+    if unit.scratch is not None:
+        torch._foreach_copy_(unit.views, unit.params)
+        torch._foreach_copy_(unit.grad_views, unit.grads)
+        return unit.scratch
+    value, grad = unit.params[0], unit.grads[0]
+    if grad.stride() != value.stride():
+        grad = torch.empty_like(value).copy_(grad)
+    return cast(Tensor, unit.value), grad.as_strided((grad.numel(),), (1,)).view(unit.shape)
+
+
+def store(unit: Unit) -> None:
+    """Write the values of a gathered unit back to its parameters."""
+    if unit.scratch is not None:
+        torch._foreach_copy_(unit.params, unit.views)
+
+
+def run_in_place(rule: Rule, group: Group, unit: Unit, h: Hyper, size: int, pool: Pool, p: Tensor, g: Tensor) -> None:
+    """Run the rule block by block on the tensors themselves, or on copies in the dtype of computation.
+
+    Args:
+        rule: The rule.
+        group: The parameter group.
+        unit: The unit.
+        h: Scalars of the rule.
+        size: Elements (or rows) of a block.
+        pool: Temporaries, used again for each block.
+        p: Values, from :func:`load`.
+        g: Gradients, from :func:`load`.
+    """
+    names, dtype = list(unit.state), unit.compute_dtype
+    for pb, gb, *states in zip(p.split(size), g.split(size), *(unit.state[n].split(size) for n in names), strict=True):
+        pool.reset()
+        gradient = signed(gb.to(dtype), group, pool)
+        state = {name: Buffer(t.to(dtype), pool=pool) for name, t in zip(names, states, strict=True)}
+        new_p, new_s = rule(Buffer(pb.to(dtype), pool=pool, own=True), gradient, state, h)
+        write(pb, new_p.tensor, group["stochastic_rounding"])
+        for name, t in zip(names, states, strict=True):
+            if name in new_s:
+                write(t, new_s[name].tensor)
+
+
+def signed(gradient: Tensor, group: Group, pool: Pool) -> Buffer:
+    """The gradient to descend along."""
+    return Buffer((-Buffer(gradient, pool=pool)).tensor if group["maximize"] else gradient, pool=pool)
+
+
+def write(target: Tensor, value: Tensor, rounding: bool = False) -> None:
+    """Copy a result to where it belongs, unless it was computed there."""
+    if rounding:
+        value = stochastic_round(value)
+    if value is not target:
+        target.copy_(value)
+
+
+def run_list(rule: Rule, group: Group, unit: Unit, names: list[str], h: Hyper) -> None:
+    """Run the rule once on lists of tensors."""
+    dtype = unit.compute_dtype
+    states = {name: [real_view(member.state[name]) for member in unit.members] for name in names}
+    p, g = (TensorList([t.to(dtype) for t in tensors]) for tensors in (unit.params, unit.grads))
+    s: State = {name: TensorList([t.to(dtype) for t in tensors]) for name, tensors in states.items()}
+    new_p, new_s = rule(p, -g if group["maximize"] else g, s, h)
+    values = [stochastic_round(t) for t in new_p.items] if group["stochastic_rounding"] else new_p.items
+    torch._foreach_copy_(unit.params, values)
+    for name, value in new_s.items():
+        torch._foreach_copy_(states[name], value.items)
+
+
+def run_differentiable(
+    rule_for: Callable[[Tensor, Hyper], Rule], group: Group, unit: Unit, names: list[str], h: Hyper
+) -> None:
+    """Run the rule on each parameter under autograd; states are replaced, so that the graph outlives the next step."""
+    dtype = unit.compute_dtype
+    for member, grad in zip(unit.members, unit.grads, strict=True):
+        g = grad.to(dtype)
+        s = {name: real_view(member.state[name]).to(dtype) for name in names}
+        # a copy: the graph must not see the in-place change below
+        p = real_view(member.param).clone().to(dtype)
+        new_p, new_s = rule_for(member.param, h)(p, -g if group["maximize"] else g, s, h)
+        new_p = stochastic_round(new_p) if group["stochastic_rounding"] else new_p
+        member.param.copy_(torch.view_as_complex(new_p) if unit.is_complex else new_p)
+        for name, value in new_s.items():
+            value = torch.view_as_complex(value) if unit.is_complex else value
+            member.state[name] = value.to(member.state[name].dtype)
+
+
+def run_compiled(owner: type, rule: Rule, group: Group, unit: Unit, h: Hyper, p: Tensor, g: Tensor) -> bool:
+    """Run the compiled rule on the whole unit; ``False`` if it cannot be compiled, now or before.
+
+    Args:
+        owner: The optimizer's class; one callable is kept per class, dtype, device type and set of flags.
+        rule: The rule.
+        group: The parameter group.
+        unit: The unit.
+        h: Scalars of the rule; numbers become tensors so that a schedule does not compile again.
+        p: Values, from :func:`load`.
+        g: Gradients, from :func:`load`.
+    """
+    names, dtype = list(unit.state), unit.compute_dtype
+    flags = tuple((k, v) for k, v in h.items() if isinstance(v, bool))
+    scalars = tuple(k for k, v in h.items() if not isinstance(v, bool))
+    maximize, rounding = group["maximize"], group["stochastic_rounding"]
+    key = (owner, dtype, p.device.type, tuple(names), flags, scalars, maximize, rounding, p.ndim, len(unit.rows))
+    if key not in _compiled:
+        _compiled[key] = _compile(rule, names, dtype, dict(flags), scalars, maximize, rounding)
+    update = _compiled[key]
+    if update is None:
+        return False
+    values = [h[k] for k in scalars]
+    if any(isinstance(v, Tensor) for v in values):
+        packed = torch.stack([torch.as_tensor(v, dtype=dtype, device=p.device) for v in values])
+    else:
+        packed = torch.tensor(values, dtype=dtype).to(p.device, non_blocking=True)
+    try:
+        update(p, g, [unit.state[name] for name in names], packed, unit.rows)
+    except Exception as error:
+        _compiled[key] = None
+        reason = (str(error).splitlines() or [""])[0]
+        warnings.warn(
+            f"{owner.__name__}: torch.compile failed ({type(error).__name__}: {reason}); continuing without it",
+            stacklevel=5,
+        )
+        return False
+    return True
+
+
+def _compile(
+    rule: Rule, names: list[str], dtype: torch.dtype, flags: Hyper, scalars: tuple[str, ...], maximize: bool,
+    rounding: bool,
+) -> Callable[..., None]:  # fmt: skip
+    def update(p: Tensor, g: Tensor, tensors: list[Tensor], packed: Tensor, rows: tuple[Tensor, ...]) -> None:
+        h = {**flags, **dict(zip(scalars, packed.unbind(0), strict=True)), "rows": rows}
+        g = g.to(dtype)
+        state = {name: tensor.to(dtype) for name, tensor in zip(names, tensors, strict=True)}
+        new_p, new_s = rule(p.to(dtype), -g if maximize else g, state, h)
+        p.copy_(stochastic_round(new_p) if rounding else new_p)
+        for name, tensor in zip(names, tensors, strict=True):
+            if name in new_s:
+                tensor.copy_(new_s[name])
+
+    compiled: Callable[..., None] = torch.compile(update, dynamic=True, fullgraph=True)
+    return compiled
