@@ -3,11 +3,12 @@
 Importing this package makes the bare class names below usable in LightningCLI YAML.
 """
 
-from lightning_grad.callbacks import OptimizerStats, RandomStateCheckpoint
+from lightning_grad.callbacks import NVFP4Monitor, NVFP4PrecisionSwitch, OptimizerStats, RandomStateCheckpoint
 from lightning_grad.checkpoint_io import ChecksumCheckpointIO
 from lightning_grad.data import ResumableDataLoader, ResumableSampler
 from lightning_grad.optim import SGDP, AdaGradNorm, AdamP, DiffGrad
 from lightning_grad.optim.groups import param_groups
+from lightning_grad.precision import NVFP4FSDPPrecision, NVFP4Precision
 from lightning_grad.strategies import SharedSeedSPSAStrategy
 
 __version__ = "0.1.0.dev0"
@@ -18,6 +19,10 @@ __all__ = [
     "AdamP",
     "ChecksumCheckpointIO",
     "DiffGrad",
+    "NVFP4FSDPPrecision",
+    "NVFP4Monitor",
+    "NVFP4Precision",
+    "NVFP4PrecisionSwitch",
     "OptimizerStats",
     "RandomStateCheckpoint",
     "ResumableDataLoader",

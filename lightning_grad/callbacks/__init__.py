@@ -1,6 +1,8 @@
 """Lightning callbacks, one file each."""
 
+from lightning_grad.callbacks.nvfp4_monitor import NVFP4Monitor
+from lightning_grad.callbacks.nvfp4_switch import NVFP4PrecisionSwitch
 from lightning_grad.callbacks.optimizer_stats import OptimizerStats
 from lightning_grad.callbacks.random_state import RandomStateCheckpoint
 
-__all__ = ["OptimizerStats", "RandomStateCheckpoint"]
+__all__ = ["NVFP4Monitor", "NVFP4PrecisionSwitch", "OptimizerStats", "RandomStateCheckpoint"]

@@ -133,6 +133,8 @@ class _NVFP4Function(torch.autograd.Function):
             if columns is not None:
                 # straight from the fp32 accumulator to the weight's dtype: no rounding to bf16 on the way
                 grad_w = kernels.gemm(columns, kernels.unpack(Packed(*rest)), "tn", None, weight.dtype)
+                if call.probe is not None:
+                    call.probe.weight_gradient(call.name, grad_y, grad_w)
             grad_b = grad_y.float().sum(0).to(ctx.bias_dtype) if need_b else None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             text = "NVFP4Linear is differentiable once."
@@ -316,6 +318,8 @@ class NVFP4Linear(nn.Linear):
     state-dict keys alone. Differentiable once.
     """
 
+    _nvfp4: LayerState
+
     @classmethod
     def convert(
         cls, module: nn.Linear, session: Session | None = None, layer_id: int = 0, name: str = ""
@@ -362,7 +366,7 @@ class NVFP4Linear(nn.Linear):
             state.layer_id,
             session.rank,
             output_dtype(x),
-            session.probe,
+            None if torch.compiler.is_compiling() else session.probe,
             state.name,
         )
         return apply_linear(x, weight, self.bias, session.step, call, packed)

@@ -20,7 +20,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_grad import ChecksumCheckpointIO, RandomStateCheckpoint, ResumableDataLoader, SharedSeedSPSAStrategy
+from lightning_grad import (
+    ChecksumCheckpointIO,
+    NVFP4Precision,
+    NVFP4PrecisionSwitch,
+    RandomStateCheckpoint,
+    ResumableDataLoader,
+    SharedSeedSPSAStrategy,
+)
 
 NUM_SAMPLES, BATCH_SIZE, CONTEXT = 22, 4, 16
 STEPS_PER_EPOCH = 6  # 22 samples in batches of 4: the last batch is smaller
@@ -112,6 +119,11 @@ CASES = [
         "spsa_without_weights",
         optimizer=lambda params: torch.optim.SGD(params, lr=1e-3),
         trainer=lambda: {"strategy": SharedSeedSPSAStrategy(forward_mode="train", weights_in_checkpoint=False)},
+    ),
+    Case(
+        "nvfp4",
+        callbacks=lambda: [NVFP4PrecisionSwitch(9)],
+        trainer=lambda: {"plugins": [NVFP4Precision(keep_last=0)], "accumulate_grad_batches": 2},
     ),
 ]
 
