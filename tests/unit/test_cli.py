@@ -110,7 +110,7 @@ def test_models_with_several_optimizers_keep_them():
 
 
 def test_replacing_the_models_own_optimizer_is_said(caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         cli = run("OwnOptimizer", "--optimizer=Adam")
     assert "replaces OwnOptimizer.configure_optimizers" in caplog.text
     assert type(cli.trainer.optimizers[0]) is torch.optim.Adam

@@ -249,7 +249,9 @@ def _shares(rank, port, shared):
 
 def test_two_processes_share_the_data_once():
     """No double sharding: each sample exactly once an epoch over both ranks, the loader made before or in the hook."""
-    context = mp.get_context("fork")
+    # not "fork": this process may have threads by now, and a child of it can wait for them forever
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "lightning.pytorch", "lightning_grad"])
     shared, port = context.Queue(), random.SystemRandom().randint(20000, 40000)
     workers = [context.Process(target=_shares, args=(rank, port, shared)) for rank in range(2)]
     for worker in workers:
