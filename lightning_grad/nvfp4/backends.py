@@ -18,7 +18,7 @@ _NEEDS = {
     "transformer_engine": (
         "It needs a GPU of compute capability 10.x, CUDA >= 12.8 and transformer-engine[pytorch] >= 2.9."
     ),
-    "triton": "It needs an NVIDIA GPU of compute capability >= 8.0 and triton >= 3.3 (CPU tests: TRITON_INTERPRET=1).",
+    "triton": "It needs an NVIDIA GPU of compute capability >= 8.0 and triton >= 3.2 (CPU tests: TRITON_INTERPRET=1).",
 }
 _LOADED: dict[str, Backend] = {"torch": TorchBackend(), "torch+compile": TorchBackend(compiled=True)}
 

@@ -64,6 +64,7 @@ def operand(x: Tensor, dims: tuple[int, ...], rounding: ScaleRounding, k: Tensor
 def packed(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize fp32 ``x[G, 16, ...]`` to nearest and pack pairs along dimension 1."""
     y, scale_codes, _, amax = _scaled(x, dims, "nearest")
+    y.nan_to_num_(fmt.E2M1_MAX)
     codes = fmt.encode_e2m1(fmt.round_nearest_(y.clone()).copysign_(y))
     low, high = codes.view(x.shape[0], BLOCK // 2, 2, *x.shape[2:]).unbind(2)
     return low | (high << 4), scale_codes, amax
@@ -98,6 +99,7 @@ def _column_rows(
     grid = []
     for i, row in enumerate(rows):
         y = (row * factor).clamp(-fmt.E2M1_MAX, fmt.E2M1_MAX)
+        y = y.nan_to_num(fmt.E2M1_MAX)
         q = fmt.round_nearest_(y.clone()).copysign(y) if ks is None else fmt.round_stochastic_(y, ks[i])
         grid.append(q)
     return grid, codes, scales, amax
