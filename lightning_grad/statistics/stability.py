@@ -1,0 +1,76 @@
+r"""How large a learning rate the curvature allows, and the learning rate it suggests. Functions of numbers.
+
+Sources: Wu, Su (arXiv:2305.17490), Mulayoff, Michaeli (ICML 2024) and Cohen et al. (arXiv:2207.14484) for the limits;
+Polyak's heavy ball and Granziol, Zohren, Roberts (arXiv:2006.09092) for the step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from lightning_grad._validate import check_choice, check_int, check_range
+
+LearningRateRule = Literal["polyak", "inverse", "edge"]
+
+
+def stability_limits(
+    trace: float,
+    frobenius_sq: float,
+    lambda_max: float,
+    batch_size: int,
+    dataset_size: int | None = None,
+    momentum: float = 0.0,
+) -> dict[str, float]:
+    r"""Return the largest learning rates that linear stability at a minimum that fits the data allows.
+
+    - ``gd``: :math:`2 (1 + \beta) / \lambda_{\max}`, full-batch heavy ball (SGD as torch writes it, dampening 0).
+    - ``sgd``: :math:`2\, \mathrm{tr} H / ((1 - p) \|H\|_F^2 + p\, (\mathrm{tr} H)^2)` with
+      :math:`p = (N - B)/(B (N - 1))`, or :math:`1/B` for unknown :math:`N`: necessary for mean-square stability of SGD
+      without momentum at batch size :math:`B`. For :math:`B = 1` it is :math:`2 / \mathrm{tr} H`. NaN with momentum,
+      for which we know no such bound.
+    - ``limit``: the smaller of those that are numbers.
+
+    Both are necessary, not sufficient; a limit is ``inf`` where the curvature is not positive.
+    """
+    check_int("batch_size", batch_size, 1)
+    check_range("momentum", momentum, 0.0, 1.0, "[)")
+    p = 1.0 / batch_size
+    if dataset_size is not None:
+        check_int("dataset_size", dataset_size, 1)
+        p = (dataset_size - batch_size) / (batch_size * (dataset_size - 1)) if dataset_size > batch_size else 0.0
+    spread = (1.0 - p) * frobenius_sq + p * trace**2
+    gd = 2.0 * (1.0 + momentum) / lambda_max if lambda_max > 0 else math.inf
+    sgd = 2.0 * trace / spread if trace > 0 and spread > 0 else math.inf
+    if momentum:
+        sgd = math.nan
+    return {"gd": gd, "sgd": sgd, "limit": gd if math.isnan(sgd) else min(gd, sgd)}
+
+
+def heavy_ball(largest: float, mu: float) -> tuple[float, float]:
+    r"""Return Polyak's learning rate and momentum for a quadratic with curvatures in :math:`[\mu, L]`.
+
+    .. math::
+        \eta = \left(\tfrac{2}{\sqrt L + \sqrt \mu}\right)^2, \qquad
+        \beta = \left(\tfrac{\sqrt L - \sqrt \mu}{\sqrt L + \sqrt \mu}\right)^2
+    """
+    check_range("largest", largest, 0.0, math.inf, "()")
+    check_range("mu", mu, 0.0, largest)
+    a, b = math.sqrt(largest), math.sqrt(mu)
+    return (2.0 / (a + b)) ** 2, ((a - b) / (a + b)) ** 2
+
+
+def curvature_lr(largest: float, momentum: float = 0.0, rule: str = "polyak", nesterov: bool = False) -> float:
+    r"""Return the learning rate for largest curvature :math:`L` at a given momentum.
+
+    ``polyak`` :math:`(1 + \sqrt\beta)^2 / L`, the heavy-ball optimum whose momentum is :math:`\beta`; ``inverse``
+    :math:`1/L`; ``edge`` the limit of stability, :math:`2 (1 + \beta)/L`, or :math:`2 (1 + \beta) / ((1 + 2\beta) L)`
+    for Nesterov's momentum. At :math:`\beta = 0.9` the first is 3.797/L and the edge 3.800/L: use a safety factor.
+    """
+    check_choice("rule", rule, ("polyak", "inverse", "edge"))
+    check_range("largest", largest, 0.0, math.inf, "()")
+    if rule == "inverse":
+        return 1.0 / largest
+    if rule == "edge":
+        return 2.0 * (1.0 + momentum) / (largest * ((1.0 + 2.0 * momentum) if nesterov else 1.0))
+    return (1.0 + math.sqrt(momentum)) ** 2 / largest
