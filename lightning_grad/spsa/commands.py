@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.spsa.errors import JournalError, ReplicaMismatchError, StoreLostError
+from lightning_grad.spsa.errors import JournalError, ReplicaMismatchError, SPSAConfigError, StoreLostError
 from lightning_grad.spsa.journal import MAGIC, Journal
 from lightning_grad.spsa.replayer import Progress, replay
 from lightning_grad.spsa.rule import UpdateRule
 from lightning_grad.spsa.session import journal_of
+
+_GRACE_S = 5.0
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -25,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         status: int = options.run(options)
-    except (JournalError, ReplicaMismatchError, StoreLostError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (JournalError, SPSAConfigError, ReplicaMismatchError, StoreLostError, OSError, ModuleNotFoundError) as error:
         print(f"lightning-grad spsa: {error}", file=sys.stderr)
         return 1
     return status
@@ -42,6 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
     rebuild = commands.add_parser("replay", help="rebuild the weights of a run")
     rebuild.set_defaults(run=_replay)
+    serve = commands.add_parser("store", help="serve an elastic run and keep its journal")
+    serve.set_defaults(run=_store)
+    serve.add_argument("--host", default="127.0.0.1", help="address to serve at; the store has no encryption")
+    serve.add_argument("--port", type=int, default=29777)
+    serve.add_argument("--run-id", help="name of the run; not needed with an existing journal")
+    serve.add_argument("--journal", type=Path, help="file to keep; an existing one starts the run again where it ends")
+    serve.add_argument("--auth-key-env", default="LIGHTNING_GRAD_SPSA_KEY", help="environment variable with the key")
+    serve.add_argument("--until-finished", action="store_true", help="exit some seconds after the last step")
     for command in (inspect, verify, rebuild):
         command.add_argument("--journal", required=True, type=Path, help="journal file, or a checkpoint that holds one")
     for command in (verify, rebuild):
@@ -187,6 +198,41 @@ def _replay(options: argparse.Namespace) -> int:
     steps = _steps(options, journal)
     save_weights(options.out, state, around, steps)
     print(f"{steps} steps replayed to {options.out}, digest {engine.digest64():016x}")
+    return 0
+
+
+def _store(options: argparse.Namespace) -> int:
+    from lightning_grad.spsa.auth import Authenticator
+    from lightning_grad.spsa.observer import Observer, preload
+    from lightning_grad.spsa.store import Store
+
+    old: Journal | None = None
+    if options.journal is not None and options.journal.exists():
+        old = load_journal(options.journal)
+    run_id = options.run_id or (old.header.run_id if old is not None else None)
+    if run_id is None:
+        raise JournalError("a store needs `--run-id`, or `--journal` with the file of a run.")
+    if old is not None and old.header.run_id != run_id:
+        raise JournalError(f"{options.journal} is of run {old.header.run_id!r}, not {run_id!r}.")
+    auth = Authenticator.from_environment(run_id, options.auth_key_env)
+    store = Store(f"{options.host}:{options.port}", run_id, serve=True)
+    if old is not None:
+        preload(store, old, auth)
+    print(
+        f"store at {options.host}:{options.port}, run {run_id}, {len(old) if old is not None else 0} steps so far",
+        flush=True,
+    )
+    observer = Observer(store, auth, options.journal)
+    try:
+        while not (observer.finished and options.until_finished):
+            observer.poll(0.5)
+        time.sleep(_GRACE_S)  # members still read the last records
+    except KeyboardInterrupt:
+        pass
+    finally:
+        observer.close()
+    steps = len(observer.journal) if observer.journal is not None else 0
+    print(f"{steps} steps{', finished' if observer.finished else ''}", flush=True)
     return 0
 
 

@@ -14,7 +14,7 @@ from lightning_grad._validate import check_choice, check_int
 from lightning_grad.spsa.errors import SPSAConfigError
 from lightning_grad.spsa.grid import CHUNK, digest_chunk, hash_chunks, logical
 from lightning_grad.spsa.kernels import Kernel, Pass, Weighted, make_kernel, self_test
-from lightning_grad.spsa.layout import Layout, Restore, make_storage, trainable_parameters
+from lightning_grad.spsa.layout import Layout, Restore, Storage, make_storage, trainable_parameters
 from lightning_grad.spsa.rule import Quantized, Term, quantize
 
 KERNELS = ("auto", "numpy", "torch", "triton")
@@ -138,6 +138,25 @@ class SPSAEngine:
             total += digest_chunk(chunk, self.layout.offsets[index] + begin)
         return total & ((1 << 64) - 1)
 
+    def preview_digest(self, quantized: Quantized | None) -> int:
+        """The digest that :meth:`apply_quantized` would lead to; nothing is changed."""
+        if quantized is None:
+            return self.digest64()
+        copying = self.restore_mode == "copy"
+        moves = [] if copying else [(t, d, -self.eps * m) for (t, d), m in self.state.items()]
+        shadows = [_Shadow(store, offset) for store, offset in zip(self._stores, self.layout.offsets, strict=True)]
+        self._pass(shadows, moves, changes(quantized))
+        return sum(part for shadow in shadows for part in shadow.parts) & ((1 << 64) - 1)
+
+    @torch.no_grad()
+    def reset(self, values: Sequence[Tensor]) -> None:
+        """Go back to base weights, as at the start."""
+        self.state.clear()
+        for p, value, store in zip(self.params, values, self._stores, strict=True):
+            p.detach().copy_(value)
+            store.load_extra_state(None)
+            store.snap(self.eps)
+
     def fingerprint(self) -> str:
         """SHA-256 of the exact point."""
         self.restore()
@@ -190,15 +209,17 @@ class SPSAEngine:
     def _run(self, moves: Sequence[Weighted], changes: Sequence[Weighted] | None = None) -> None:
         if not moves and changes is None and self.restore_mode != "copy":
             return
-        with torch.no_grad():
-            for store in self._stores:
-                store.open()
-            try:
-                work = Pass(self.seed, self.eps, moves, changes)
-                self.kernel.run(self.layout, self._stores, work, 0, self.layout.extent)
-            finally:
-                for store in self._stores:
-                    store.close()
+        self._pass(self._stores, moves, changes)
+
+    @torch.no_grad()
+    def _pass(self, stores: Sequence[Storage], moves: Sequence[Weighted], changes: Sequence[Weighted] | None) -> None:
+        for store in stores:
+            store.open()
+        try:
+            self.kernel.run(self.layout, stores, Pass(self.seed, self.eps, moves, changes), 0, self.layout.extent)
+        finally:
+            for store in stores:
+                store.close()
 
     @torch.no_grad()
     def _chunks(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -207,6 +228,27 @@ class SPSAEngine:
             for begin in range(0, store.param.numel(), 16 * CHUNK):
                 yield index, begin, store.load(begin, min(begin + 16 * CHUNK, store.param.numel()), moving=True)
             store.close()
+
+
+class _Shadow(Storage):
+    """Lets a pass run on copies of a parameter's chunks and keeps their digests only."""
+
+    def __init__(self, inner: Storage, offset: int) -> None:
+        super().__init__(inner.param)
+        self._inner, self._offset = inner, offset
+        self.parts: list[int] = []
+
+    def open(self) -> None:
+        self._inner.open()
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def load(self, begin: int, end: int, moving: bool) -> Tensor:
+        return self._inner.load(begin, end, moving=True).clone()
+
+    def save(self, begin: int, end: int, chunk: Tensor) -> None:
+        self.parts.append(digest_chunk(chunk, self._offset + begin))
 
 
 def changes(quantized: Quantized) -> list[Weighted]:

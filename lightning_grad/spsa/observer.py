@@ -1,0 +1,103 @@
+"""A store process: serves the keys, follows the records into a journal, and starts again from one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_grad.spsa.auth import Authenticator
+from lightning_grad.spsa.errors import JournalError
+from lightning_grad.spsa.journal import Journal
+from lightning_grad.spsa.membership import Genesis, Membership, SharedRecord
+from lightning_grad.spsa.store import Store
+
+
+def preload(store: Store, journal: Journal, auth: Authenticator) -> None:
+    """Put a run back into an empty store. Its members count as gone; workers that come get new ids.
+
+    Raises:
+        JournalError: The journal has no record.
+    """
+    records = list(journal)
+    if not records:
+        raise JournalError("the journal has no record; start the store without it.")
+    rosters: list[tuple[int, ...]] = []
+    for record in records:
+        rosters.append(record.roster if record.roster is not None else rosters[-1])
+    highest = max(max(roster) for roster in rosters)
+    for worker in rosters[-1]:
+        store.put(f"l/{worker}", auth.seal("l", 0, worker, b"1"))
+    store.count("n", highest + 1)
+    for step, record in enumerate(records):
+        members = dict.fromkeys(rosters[min(step + 1, len(rosters) - 1)], 0)
+        store.first(f"r/{step}", auth.seal("r", step, 0, SharedRecord(record, members).to_bytes()))
+    genesis = Genesis(journal.header, rosters[0])
+    store.first("g", auth.seal("g", 0, 0, genesis.to_bytes()))  # last: workers wait for it
+
+
+class Observer:
+    """Reads the records of a run as they come, without the weights.
+
+    Args:
+        store: Connection.
+        auth: Authentication of messages.
+        path: Journal file to keep; ``None``: in memory only.
+
+    Attributes:
+        journal: What was read so far; ``None`` before the run starts.
+        finished: Whether the run has ended.
+    """
+
+    def __init__(self, store: Store, auth: Authenticator, path: Path | None = None) -> None:
+        self._store, self._auth, self._path = store, auth, path
+        self._members = Membership({})
+        self._previous: tuple[int, ...] = ()
+        self.journal: Journal | None = None
+        self.finished = False
+
+    def poll(self, timeout_s: float) -> int:
+        """Wait up to ``timeout_s`` for news; returns the number of records read."""
+        if self.journal is None and not self._begin(timeout_s):
+            return 0
+        assert self.journal is not None
+        before = len(self.journal)
+        if not self.finished:
+            self._store.wait([f"r/{before}"], timeout_s)
+        self._take_all()
+        return len(self.journal) - before
+
+    def _take_all(self) -> None:
+        assert self.journal is not None
+        while not self.finished and (shared := self._read(len(self.journal))) is not None:
+            self._previous = self._members.roster
+            self.journal.append(shared.record)
+            self._members.advance(shared)
+            self.finished = shared.record.stop
+
+    def close(self) -> None:
+        """Close the journal file."""
+        if self.journal is not None:
+            self.journal.close()
+
+    def _begin(self, timeout_s: float) -> bool:
+        if not self._store.wait(["g"], timeout_s):
+            return False
+        payload = self._auth.open("g", 0, 0, self._store.get("g") or b"")
+        if payload is None:
+            raise JournalError("the run in the store was started with another key, or with none.")
+        genesis = Genesis.from_bytes(payload)
+        self._members = Membership(dict.fromkeys(genesis.roster, 0))
+        self.journal = Journal(genesis.header)
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # the store may hold no more than an older file does: then nothing of the file may be lost
+            self._take_all()
+            self.journal.open_append(self._path)
+        return True
+
+    def _read(self, step: int) -> SharedRecord | None:
+        assert self.journal is not None
+        payload = self._auth.open("r", step, 0, self._store.get(f"r/{step}") or b"")
+        try:
+            return self._members.parse(payload, self.journal.header, self._previous) if payload else None
+        except ValueError:
+            return None

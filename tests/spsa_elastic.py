@@ -1,0 +1,172 @@
+"""Elastic runs in real processes, with faults that are counted."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_grad.spsa.auth import Authenticator
+from lightning_grad.spsa.elastic import ElasticOptions, ElasticWorker, Schedule
+from lightning_grad.spsa.errors import StoreLostError
+from lightning_grad.spsa.options import Options
+from lightning_grad.spsa.session import Session
+from lightning_grad.spsa.store import Store
+from tests.spsa_helpers import batches, loss_of, tiny_model
+
+FORK = multiprocessing.get_context("fork")
+RUN = "test-run"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@dataclass
+class Plan:
+    """What happens to one worker: ``(point, step)`` pairs, and when it starts."""
+
+    kill: tuple[str, int] | None = None
+    pause: tuple[int, float] | None = None
+    nan: frozenset[int] = frozenset()
+    leave: int | None = None
+    start_at: int = 0
+    """Start when the run has reached this step."""
+    vote_stop: int | None = None
+    corrupt: int | None = None
+    """Flip a weight after this step."""
+
+
+@dataclass
+class Run:
+    """A store in this process and workers in children."""
+
+    folder: Path
+    port: int = field(default_factory=free_port)
+    total_steps: int = 40
+    key: bytes | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    step_s: float = 0.01
+
+    def __post_init__(self) -> None:
+        self.results = FORK.Queue()
+        self.fired = FORK.Array("i", 64)
+        self.processes: list[Any] = []
+        self.plans: list[Plan] = []
+        self.store: Store | None = None
+
+    def serve(self) -> Store:
+        self.store = Store(f"127.0.0.1:{self.port}", RUN, serve=True)
+        return self.store
+
+    def session(self) -> Session:
+        settings = {"check_interval": 5, "normalize": True, "seed": 5, **self.settings}
+        return Session(Options(**settings), tiny_model(), 1, RUN)
+
+    def start(self, plan: Plan | None = None) -> int:
+        """Start a worker; returns its number."""
+        number = len(self.processes)
+        process = FORK.Process(target=self._work, args=(number, plan or Plan()), daemon=True)
+        self.plans.append(plan or Plan())
+        self.processes.append(process)
+        process.start()
+        return number
+
+    def wait_for_step(self, step: int, timeout_s: float = 30.0) -> None:
+        assert self.store is not None
+        assert self.store.wait([f"r/{step}"], timeout_s), f"the run did not reach step {step}"
+
+    def finish(self, timeout_s: float = 45.0) -> dict[int, dict[str, Any]]:
+        """Results of the workers that ended by themselves, by number."""
+        deadline = time.monotonic() + timeout_s
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0.1))
+        stuck = [i for i, p in enumerate(self.processes) if p.is_alive()]
+        for i in stuck:
+            os.kill(self.processes[i].pid, signal.SIGKILL)
+        assert not stuck, f"workers {stuck} did not end"
+        found = {}
+        while not self.results.empty():
+            result = self.results.get()
+            found[result["number"]] = result
+        return found
+
+    def num_fired(self) -> int:
+        return sum(self.fired)
+
+    def _work(self, number: int, plan: Plan) -> None:
+        torch.set_num_threads(1)
+        result: dict[str, Any] = {"number": number}
+        try:
+            result |= self._train(number, plan)
+        except Exception as error:
+            result["error"] = f"{type(error).__name__}: {error}"
+        self.results.put(result)
+
+    def _train(self, number: int, plan: Plan) -> dict[str, Any]:
+        data = batches(64, seed=100 + number)
+        store = Store(f"127.0.0.1:{self.port}", RUN)
+        if plan.start_at:
+            store.wait([f"r/{plan.start_at}"], 60)
+        session = self.session()
+        worker = ElasticWorker(
+            store,
+            session,
+            Schedule(2.0**-7, self.total_steps, "linear"),
+            ElasticOptions(**{"step_timeout": 1.0, "join_timeout": 30.0, **self.options}),
+            Authenticator(RUN, self.key),
+            rescue=self.folder / f"rescue{number}.spsa",
+        )
+
+        def at(point: str, step: int) -> None:
+            if plan.kill == (point, step):
+                self.fired[number] += 1
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        worker.at = at
+        result: dict[str, Any] = {}
+        try:
+            worker.join()
+            while worker.prepare():
+                step = worker.step
+                if plan.leave is not None and step >= plan.leave:
+                    self.fired[number] += 1
+                    break
+                if plan.pause is not None and step >= plan.pause[0]:
+                    self.fired[number] += 1
+                    time.sleep(plan.pause[1])
+                    plan.pause = None
+                at("measuring", step)
+                time.sleep(self.step_s)
+                bad = step in plan.nan
+                self.fired[number] += bad
+                session.measure(
+                    worker.worker,
+                    lambda b=data[step % 64], bad=bad: (
+                        torch.tensor(float("nan")) if bad else loss_of(session.module, b)
+                    ),
+                )
+                worker.finish(stop=plan.vote_stop is not None and step >= plan.vote_stop)
+                if plan.corrupt is not None and step >= plan.corrupt:
+                    self.fired[number] += 1
+                    plan.corrupt = None
+                    session.engine.params[0].detach()[0, 0] += 1.0
+            worker.leave()
+        except StoreLostError as error:
+            result["lost"] = str(error)
+        result |= {
+            "digest": session.engine.digest64(), "step": worker.step, "journal": session.journal.to_bytes(),
+            "worker": worker.worker, "stale": worker.stale, "missed": worker.missed, "replayed": worker.replayed,
+            "rejected": worker.rejected, "stopped": worker.stopped,
+        }  # fmt: skip
+        return result

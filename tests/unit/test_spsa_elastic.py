@@ -1,0 +1,297 @@
+"""Elastic runs: the protocol's pieces, and short runs of real processes (oracle 18; more in tests/reliability)."""
+
+import logging
+
+import pytest
+
+from lightning_grad.spsa import Journal, JournalError, SPSAConfigError, StoreLostError, replay
+from lightning_grad.spsa.auth import Authenticator
+from lightning_grad.spsa.elastic import ElasticOptions, ElasticWorker, Schedule
+from lightning_grad.spsa.journal import Record
+from lightning_grad.spsa.membership import Contribution, Genesis, Membership, SharedRecord, next_members, vote
+from lightning_grad.spsa.observer import Observer, preload
+from lightning_grad.spsa.store import Store, split_address
+from tests.spsa_elastic import RUN, Plan, Run, free_port
+from tests.spsa_helpers import batches, loss_of, make_session, tiny_model
+
+KEY = b"0123456789abcdef"
+
+
+def check_equal(results, journal=None):
+    """All who reached the end agree with each other and with the replay of every journal."""
+    ends = [r for r in results.values() if r.get("stopped")]
+    assert ends, results
+    assert len({r["digest"] for r in ends}) == 1
+    assert len({r["journal"] for r in ends}) == 1
+    journal = Journal.from_bytes(ends[0]["journal"])
+    engine = replay(tiny_model().named_parameters(), journal)
+    assert engine.digest64() == ends[0]["digest"]
+    return journal
+
+
+# -- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def test_messages_are_bound_to_kind_run_step_and_sender():
+    auth = Authenticator("a", KEY)
+    sealed = auth.seal("c", 3, 1, b"xyz")
+    assert len(sealed) == 3 + 16
+    assert auth.open("c", 3, 1, sealed) == b"xyz"
+    for kind, step, worker in (("r", 3, 1), ("c", 4, 1), ("c", 3, 2)):
+        assert auth.open(kind, step, worker, sealed) is None
+    assert Authenticator("b", KEY).open("c", 3, 1, sealed) is None
+    assert Authenticator("a", KEY[::-1]).open("c", 3, 1, sealed) is None
+    for damaged in (b"", sealed[:-1], sealed + b"!", bytes([sealed[0] ^ 1]) + sealed[1:], b"\0" * 5):
+        assert auth.open("c", 3, 1, damaged) is None
+    plain = Authenticator("a", None)
+    assert plain.open("c", 0, 0, plain.seal("c", 0, 0, b"x")) == b"x"
+    with pytest.raises(SPSAConfigError, match="at least 16 bytes, got 3"):
+        Authenticator("a", b"key")
+
+
+def test_key_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("K", KEY.decode())
+    assert len(Authenticator.from_environment("a", "K").seal("c", 0, 0, b"")) == 16
+    monkeypatch.delenv("K")
+    assert Authenticator.from_environment("a", "K").seal("c", 0, 0, b"") == b""
+
+
+def test_contributions_of_wrong_length_or_flags_are_nothing():
+    assert Contribution.from_bytes(Contribution(b"ab", stop=True).to_bytes(), 2) == Contribution(b"ab", stop=True)
+    for data in (b"", b"\0a", b"\0abc", b"\4ab", b"\xffab"):
+        assert Contribution.from_bytes(data, 2) is None
+
+
+def test_shared_records_are_checked_before_use():
+    header = make_session().header
+    members = Membership({0: 0, 2: 1})
+    good = SharedRecord(Record(b"\x38\x7f", 0.1, (0, 2)), {0: 0, 2: 2, 5: 0})
+    assert members.parse(good.to_bytes(), header, ()) == good
+    data = good.to_bytes()
+    bad = [
+        b"", data[:3], data[:-1], data + b"\0", b"\xff\xff\xff\x7f" + data[4:], data[:4] + b"\x33" + data[5:],
+        SharedRecord(Record(b"\x38\x7f", 0.1, (0, 3)), {0: 0}).to_bytes(), SharedRecord(good.record, {}).to_bytes(),
+        SharedRecord(Record(b"\x38", 0.1, (0, 2)), {0: 0}).to_bytes(),
+        SharedRecord(Record(b"\x38\x38"), {0: 0}).to_bytes(),
+    ]  # fmt: skip
+    for wrong in bad:
+        with pytest.raises(ValueError):
+            members.parse(wrong, header, ())
+    members.advance(SharedRecord(good.record, {0: 0}))
+    with pytest.raises(ValueError, match="brings back a member that had left"):
+        members.parse(SharedRecord(Record(b"\x38", None, (0,)), {0: 0, 2: 0}).to_bytes(), header, (0, 2))
+
+
+def test_members_are_dropped_admitted_and_never_readmitted():
+    members = Membership({0: 0, 1: 1, 2: 0, 3: 0}, admitted={9})
+    seen = {0: Contribution(b"x"), 3: Contribution(b"x", leave=True)}
+    assert next_members(members, seen, gone={2}, ready=[4, 9], max_missed=3) == {0: 0, 1: 2, 4: 0}
+    assert next_members(members, seen, gone=set(), ready=[], max_missed=2) == {0: 0, 2: 1}
+
+
+@pytest.mark.parametrize(("policy", "stops"), [("majority", 3), ("any", 1), ("all", 4)])
+def test_votes(policy, stops):
+    assert [vote(n, 4, policy) for n in range(5)] == [n >= stops for n in range(5)]
+
+
+def test_schedules_are_functions_of_the_step():
+    assert [Schedule(1.0, 8, "linear", 2).rate(t) for t in (0, 1, 2, 5, 8)] == [0.5, 1.0, 1.0, 0.5, 0.0]
+    assert Schedule(1.0, 8, "cosine").rate(4) == pytest.approx(0.5)
+    assert {Schedule(0.3, 8).rate(t) for t in range(8)} == {0.3}
+    for bad in ({"lr": 0.0}, {"total_steps": 0}, {"kind": "x"}, {"warmup_steps": 9}):
+        with pytest.raises(ValueError, match="must"):
+            Schedule(**{"lr": 1.0, "total_steps": 8, **bad})
+    with pytest.raises(ValueError, match="`max_missed`"):
+        ElasticOptions(max_missed=0)
+
+
+def test_addresses():
+    assert split_address("10.0.0.1:29777") == ("10.0.0.1", 29777)
+    for bad in ("host", "host:", ":1", "h:0", "h:70000", "h:x"):
+        with pytest.raises(ValueError, match="`store` must be"):
+            split_address(bad)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{}", b"\x80\x04.", b'{"header":"x","roster":[0],"schedule":null}', b'{"roster":[]}']
+)
+def test_a_genesis_that_is_none_is_refused(text):
+    with pytest.raises(JournalError, match="start of the run is not valid"):
+        Genesis.from_bytes(text)
+
+
+# -- one process ------------------------------------------------------------------------------------------------------
+
+
+class Alone:
+    """A run of one or more workers in this process, stepped by hand."""
+
+    def __init__(self, key=None, **options):
+        self.address = f"127.0.0.1:{free_port()}"
+        self.store = Store(self.address, RUN, serve=True)
+        self.auth, self.options = Authenticator(RUN, key), options
+
+    def worker(self, total_steps=6, auth=None, **settings):
+        session = make_session(**{"check_interval": 2, **settings})
+        session.header = session.header.__class__(**{**session.header.__dict__, "run_id": RUN})
+        session._begin(session.header)
+        options = ElasticOptions(**{"step_timeout": 0.3, "join_timeout": 2.0, **self.options})
+        store = Store(self.address, RUN)
+        return ElasticWorker(store, session, Schedule(2.0**-6, total_steps), options, auth or self.auth)
+
+
+def step(worker):
+    session = worker.session
+    session.measure(worker.worker, lambda: loss_of(session.module, batches(1)[0]))
+    return worker.finish()
+
+
+def test_a_run_of_one_and_an_observer(tmp_path):
+    run = Alone()
+    worker = run.worker()
+    worker.join()
+    watching = Observer(run.store, run.auth, tmp_path / "run.spsa")
+    while worker.prepare():
+        step(worker)
+    while not watching.finished:
+        watching.poll(0.5)
+    watching.close()
+    journal = Journal.load(tmp_path / "run.spsa")
+    assert journal.to_bytes() == worker.session.journal.to_bytes()
+    assert len(journal) == 6
+    assert [record.digest is not None for record in journal] == [False, True] * 3
+    assert replay(tiny_model().named_parameters(), journal).digest64() == worker.session.engine.digest64()
+
+
+def test_garbage_replayed_and_oversized_messages_are_ignored_and_logged(caplog):
+    """Oracle of the security section: with a key, whatever an outsider writes counts as absent."""
+    run = Alone(key=KEY, min_workers=1, max_missed=9)
+    one = run.worker()
+    one.join()
+    two = run.worker()
+    two._store.put("j/1", run.auth.seal("j", 0, 1, b"1"))
+    step(one)  # lets worker 1 in
+    two.join()
+    assert one.roster == two.roster == (0, 1)
+    genuine = run.auth.seal("c", 0, 1, Contribution(b"\x38").to_bytes())
+    messages = [b"garbage", genuine, b"\0" * 1_000_000, Authenticator(RUN, KEY[::-1]).seal("c", 4, 1, b"\0\x38")]
+    caplog.set_level(logging.WARNING)
+    for number, message in enumerate(messages):
+        t = one.step
+        run.store.put(f"c/{t}/1", message)
+        run.store.put(f"r/{t}", b"\x80\x04garbage")  # an outsider was first at the record's key, too
+        update = step(one)
+        assert update.abstained == 1, number
+        assert len(update.values) == 1
+    assert one.rejected >= 2 * len(messages)
+    assert caplog.text.count("of worker 1 is not valid and is ignored") == len(messages)
+    assert "the record of step" in caplog.text
+    two.prepare()
+    assert two.session.engine.digest64() == one.session.engine.digest64()
+
+
+def test_a_worker_with_another_key_or_other_settings_cannot_join():
+    run = Alone(key=KEY)
+    one = run.worker()
+    one.join()
+    with pytest.raises(TimeoutError, match="another key, or with none"):
+        run.worker(auth=Authenticator(RUN, KEY[::-1])).join()
+    with pytest.raises(SPSAConfigError, match=r"differs from the run it joins: seed: 9 != 0; total_steps: 7 != 6"):
+        run.worker(seed=9, total_steps=7).join()
+
+
+def test_not_enough_workers_is_said():
+    run = Alone(min_workers=2)
+    worker = run.worker()
+    with pytest.raises(TimeoutError, match="1 of `min_workers` 2 workers came within 2 s"):
+        worker.join()
+
+
+def test_nobody_answers():
+    with pytest.raises(StoreLostError, match=r"lost the store at 127\.0\.0\.1"):
+        Store(f"127.0.0.1:{free_port()}", RUN, connect_timeout_s=1.0)
+
+
+@pytest.mark.parametrize("heal", [False, True])
+def test_a_replica_that_differs_says_so_or_heals(heal):
+    from lightning_grad.spsa import ReplicaMismatchError
+
+    run = Alone(heal=heal, min_workers=1)
+    one = run.worker()
+    one.join()
+    two = run.worker()
+    two._store.put("j/1", b"1")
+    step(one)
+    two.join()
+    two.session.engine.params[0].detach()[0, 0] += 1.0
+    run.store.put(f"c/{one.step}/1", Contribution(b"\x38").to_bytes())
+    step(one)  # step 1 carries a digest
+    if heal:
+        two.prepare()
+        assert two.session.engine.digest64() == one.session.engine.digest64()
+    else:
+        with pytest.raises(ReplicaMismatchError, match="after step 1"):
+            two.prepare()
+
+
+def test_a_store_starts_again_from_a_journal(tmp_path):
+    first = Alone(key=KEY)
+    worker = first.worker(total_steps=6)
+    worker.join()
+    for _ in range(3):
+        step(worker)
+    path = tmp_path / "run.spsa"
+    worker.session.journal.save(path)
+    second = Alone(key=KEY)
+    preload(second.store, Journal.load(path), second.auth)
+    again = second.worker(total_steps=6)
+    again.join()
+    assert again.worker == 1  # the old members count as gone
+    assert again.step >= 3
+    while again.prepare():
+        step(again)
+    journal = again.session.journal
+    assert list(journal)[:3] == list(Journal.load(path))
+    assert len(journal) == 6
+    assert replay(tiny_model().named_parameters(), journal).digest64() == again.session.engine.digest64()
+    with pytest.raises(JournalError, match="no record"):
+        preload(Alone().store, Journal(journal.header), second.auth)
+
+
+# -- real processes ---------------------------------------------------------------------------------------------------
+
+
+def test_three_processes_one_joins_late_one_leaves_one_abstains(tmp_path):
+    run = Run(tmp_path, total_steps=40, options={"min_workers": 2}, key=KEY)
+    run.serve()
+    run.start(Plan(nan=frozenset({7, 8})))
+    run.start(Plan(leave=30))
+    run.start(Plan(start_at=10))
+    results = run.finish()
+    assert not [r for r in results.values() if "error" in r], results
+    journal = check_equal(results)
+    assert len(journal) == 40
+    assert list(journal)[-1].stop
+    rosters = [record.roster for record in journal if record.roster]
+    assert rosters[0] == (0, 1)
+    assert any(len(roster) == 3 for roster in rosters)
+    assert results[2]["replayed"] >= 10
+    assert run.num_fired() == 3  # two NaN steps and one departure
+
+
+def test_one_process_is_killed_between_message_and_record(tmp_path):
+    run = Run(tmp_path, total_steps=30, options={"min_workers": 3, "step_timeout": 0.5, "max_missed": 2})
+    run.serve()
+    run.start(Plan(kill=("posted", 10)))
+    run.start()
+    run.start()
+    results = run.finish()
+    journal = check_equal(results)
+    assert len(results) == 2
+    assert run.num_fired() == 1
+    killed = next(w for w in (0, 1, 2) if w not in {r["worker"] for r in results.values()})
+    records = list(journal)
+    position = (0, 1, 2).index(killed)
+    assert records[10].codes[position] != 0x7F  # what it had sent is used
+    assert records[11].codes[position] == 0x7F
+    assert next(r.roster for r in records[11:] if r.roster) == tuple(w for w in (0, 1, 2) if w != killed)
