@@ -10,6 +10,7 @@ from lightning_grad.optim import SGDP, AdaGradNorm, AdamP, DiffGrad
 from lightning_grad.optim.groups import param_groups
 from lightning_grad.precision import NVFP4FSDPPrecision, NVFP4Precision
 from lightning_grad.strategies import SharedSeedSPSAStrategy
+from lightning_grad.strategies import ElasticSPSAStrategy, SharedSeedSPSAStrategy
 
 __version__ = "0.1.0.dev0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "NVFP4Monitor",
     "NVFP4Precision",
     "NVFP4PrecisionSwitch",
+    "ElasticSPSAStrategy",
     "OptimizerStats",
     "RandomStateCheckpoint",
     "ResumableDataLoader",

@@ -33,9 +33,10 @@ def free_port() -> int:
 
 @dataclass
 class Plan:
-    """What happens to one worker: ``(point, step)`` pairs, and when it starts."""
+    """What happens to one worker, and when it starts."""
 
     kill: tuple[str, int] | None = None
+    """At this point of the first step from the given one on that gets there (only a proposer gets to "built")."""
     pause: tuple[int, float] | None = None
     nan: frozenset[int] = frozenset()
     leave: int | None = None
@@ -129,7 +130,7 @@ class Run:
         )
 
         def at(point: str, step: int) -> None:
-            if plan.kill == (point, step):
+            if plan.kill is not None and point == plan.kill[0] and step >= plan.kill[1]:
                 self.fired[number] += 1
                 os.kill(os.getpid(), signal.SIGKILL)
 

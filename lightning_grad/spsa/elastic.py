@@ -101,6 +101,7 @@ class ElasticWorker:
         rejected: Messages that were not what they should be.
         replayed: Records applied without having taken part.
         stopped: Whether the run has ended.
+        waited_s: Time the last step waited for its record.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class ElasticWorker:
         self._base = [p.detach().clone() for p in session.engine.params] if options.heal else None
         self.stale = self.missed = self.rejected = self.replayed = 0
         self.stopped = False
+        self.waited_s = 0.0
         self.at: Callable[[str, int], None] = lambda point, step: None  # a seam for fault injection
         with self._told():
             self.worker = store.count("n", 1) - 1
@@ -221,7 +223,9 @@ class ElasticWorker:
             mine = Contribution(self.session.payload(), stop=stop)
             self._store.put(f"c/{step}/{self.worker}", self._auth.seal("c", step, self.worker, mine.to_bytes()))
             self.at("posted", step)
+            start = time.perf_counter()
             shared = self._decided(step)
+            self.waited_s = time.perf_counter() - start
             self.at("decided", step)
             return self._apply(shared)
 

@@ -3,9 +3,10 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_grad.strategies._spsa_common import SPSAConfigError
+from lightning_grad.strategies.elastic_spsa import ElasticSPSAStrategy
 from lightning_grad.strategies.shared_seed_spsa import SharedSeedSPSAStrategy
 
-__all__ = ["SPSAConfigError", "SharedSeedSPSAStrategy"]
+__all__ = ["ElasticSPSAStrategy", "SPSAConfigError", "SharedSeedSPSAStrategy"]
 
 if SharedSeedSPSAStrategy.strategy_name not in StrategyRegistry:
     StrategyRegistry.register(

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_grad._validate import check_range
@@ -24,15 +24,13 @@ from lightning_grad.spsa.exchange import Exchange
 from lightning_grad.spsa.journal import Journal
 from lightning_grad.spsa.layout import Restore, select_trainable
 from lightning_grad.spsa.options import Options
-from lightning_grad.spsa.replayer import replay
-from lightning_grad.spsa.session import Session, journal_of
+from lightning_grad.spsa.session import Session
 from lightning_grad.strategies import _spsa_common as common
+from lightning_grad.strategies._spsa_base import EXTRA, STATE, SPSABase, spsa_state
 from lightning_grad.strategies._spsa_common import SPSAConfigError, config_errors
 
-_STATE, _EXTRA = "spsa", "spsa_extra"
 
-
-class SharedSeedSPSAStrategy(DDPStrategy):
+class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
     r"""Train with forward passes only; workers exchange one byte per direction and stay bitwise equal.
 
     For each direction a worker evaluates the loss at :math:`\theta \pm \epsilon z` with shared random signs
@@ -139,22 +137,9 @@ class SharedSeedSPSAStrategy(DDPStrategy):
         self._journal_path = journal_path
         self._resume_journal = resume_journal
         self._weights_in_checkpoint = weights_in_checkpoint
-        self._session: Session | None = None
         self._exchange: Exchange | None = None
         self._resumed = False
         self._log = common.StepLog()
-
-    @property
-    def session(self) -> Session:
-        """Engine, rule and journal of this worker; exists while fitting."""
-        if self._session is None:
-            raise RuntimeError("SharedSeedSPSAStrategy.session exists only while fitting.")
-        return self._session
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """The engine must exist when weights arrive."""
-        return True
 
     # -- setup ----------------------------------------------------------------------------------------------------
 
@@ -237,10 +222,6 @@ class SharedSeedSPSAStrategy(DDPStrategy):
         with config_errors():
             return self.session.measure(self.global_rank, lambda: forward(*args, **kwargs))
 
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """There is nothing to propagate."""
-        return closure_loss
-
     def optimizer_step(
         self,
         optimizer: Optimizer,
@@ -265,86 +246,28 @@ class SharedSeedSPSAStrategy(DDPStrategy):
             step = self.session.step - 1
             raise ReplicaMismatchError(f"the replicas differ after step {step} ({listed}).", step, digests[0], mine)
 
-    def on_validation_start(self) -> None:
-        """Validate at the exact point, also in the middle of an accumulation window."""
-        if self._session is not None:
-            self._session.engine.restore()
-
     # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """All weights, or nothing if the journal is to stand for them."""
-        if self._session is not None:
-            self._session.engine.restore()
-            if not self._weights_in_checkpoint:
-                return {}
-        return super().lightning_module_state_dict()
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's own state and the run's."""
-        state: dict[str, Any] = dict(super().optimizer_state(optimizer))
-        if self._session is not None:
-            state[_STATE] = self._session.state_dict()
-            if self._weights_in_checkpoint:
-                state[_EXTRA] = self._session.engine.extra_state()
-        return state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load weights, or replay the checkpoint's journal on the weights at hand."""
-        state = _spsa_state(checkpoint)
-        if state is not None and not checkpoint["state_dict"]:
-            journal = journal_of(state)
-            if self._session is not None:
-                with config_errors():
-                    self._session.follow(journal)
-            else:
-                replay(self._net().named_parameters(), journal, restore=self._options.restore)
-            return
         super().load_model_state_dict(checkpoint, strict=strict)
-        if self._session is not None and state is None:  # weights of another kind of run: a new base
+        if self._session is not None and spsa_state(checkpoint) is None:  # weights of another kind of run: a new base
             with config_errors():
                 self._session = Session(self._options, self._net(), self._session.header.directions)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Continue the journal of the checkpoint."""
-        state = _spsa_state(checkpoint)
+        state = spsa_state(checkpoint)
         if state is None:
             rank_zero_warn("SPSA: the checkpoint is not of an SPSA run; only its weights are used.")
             return
-        own = {k: v for k, v in checkpoint["optimizer_states"][0].items() if k not in (_STATE, _EXTRA)}
+        own = {k: v for k, v in checkpoint["optimizer_states"][0].items() if k not in (STATE, EXTRA)}
         super().load_optimizer_state_dict({"optimizer_states": [own]})
         with config_errors():
             if checkpoint["state_dict"]:
-                self.session.resume(state, checkpoint["optimizer_states"][0].get(_EXTRA))
+                self.session.resume(state, checkpoint["optimizer_states"][0].get(EXTRA))
         self._resumed = True
-
-    # -- end ------------------------------------------------------------------------------------------------------
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Leave the exact point behind, whatever happened."""
-        if self._session is not None:
-            self._session.engine.restore()
-        super().on_exception(exception)
-
-    def teardown(self) -> None:
-        """Close the journal."""
-        if self._session is not None:
-            self._session.engine.restore()
-            self._session.journal.close()
-            self._session = None
-        super().teardown()
-
-    def _net(self) -> pl.LightningModule:
-        module = self.lightning_module
-        assert module is not None, "the Trainer connects a module before any hook runs"
-        return module
 
     def _link(self) -> Exchange:
         assert self._exchange is not None, "setup() builds the exchange"
         return self._exchange
-
-
-def _spsa_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    states = checkpoint.get("optimizer_states") or [{}]
-    found: Mapping[str, Any] | None = states[0].get(_STATE)
-    return found

@@ -1,0 +1,97 @@
+"""What the two SPSA strategies share: no backward pass, checkpoints at the exact point, loading by replay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_grad.spsa.options import Options
+from lightning_grad.spsa.replayer import replay
+from lightning_grad.spsa.session import Session, journal_of
+from lightning_grad.strategies._spsa_common import config_errors
+
+STATE, EXTRA = "spsa", "spsa_extra"
+
+
+class SPSABase(Strategy):
+    """Put before a Lightning strategy in the list of bases; its constructor sets the two options."""
+
+    _session: Session | None = None
+    _options: Options
+    _weights_in_checkpoint: bool
+
+    @property
+    def session(self) -> Session:
+        """Engine, rule and journal of this worker; exists while fitting."""
+        if self._session is None:
+            raise RuntimeError(f"{type(self).__name__}.session exists only while fitting.")
+        return self._session
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """There is nothing to propagate."""
+        return closure_loss
+
+    def on_validation_start(self) -> None:
+        """Validate at the exact point, also in the middle of an accumulation window."""
+        if self._session is not None:
+            self._session.engine.restore()
+        super().on_validation_start()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """All weights, or nothing if the journal is to stand for them."""
+        if self._session is not None:
+            self._session.engine.restore()
+            if not self._weights_in_checkpoint:
+                return {}
+        return super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's own state and the run's."""
+        state: dict[str, Any] = dict(super().optimizer_state(optimizer))
+        if self._session is not None:
+            state[STATE] = self._session.state_dict()
+            if self._weights_in_checkpoint:
+                state[EXTRA] = self._session.engine.extra_state()
+        return state
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load weights, or replay the checkpoint's journal on the weights at hand."""
+        state = spsa_state(checkpoint)
+        if state is None or checkpoint["state_dict"]:
+            super().load_model_state_dict(checkpoint, strict=strict)
+        elif self._session is not None:
+            with config_errors():
+                self._session.follow(journal_of(state))
+        else:
+            replay(self._net().named_parameters(), journal_of(state), restore=self._options.restore)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Leave the exact point behind, whatever happened."""
+        if self._session is not None:
+            self._session.engine.restore()
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        """Close the journal."""
+        if self._session is not None:
+            self._session.engine.restore()
+            self._session.journal.close()
+            self._session = None
+        super().teardown()
+
+    def _net(self) -> pl.LightningModule:
+        module = self.lightning_module
+        assert module is not None, "the Trainer connects a module before any hook runs"
+        return module
+
+
+def spsa_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The run's state in a checkpoint, if it is of an SPSA run."""
+    states = checkpoint.get("optimizer_states") or [{}]
+    found: Mapping[str, Any] | None = states[0].get(STATE)
+    return found
