@@ -21,7 +21,10 @@ from lightning_grad.spsa.session import Session
 from lightning_grad.spsa.store import Store
 from tests.spsa_helpers import batches, loss_of, tiny_model
 
-FORK = multiprocessing.get_context("fork")
+# Children come from a server without threads that has imported everything: a fork of this process could inherit a lock
+# that a thread of a store or of gloo holds.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["tests.spsa_elastic", "tests.spsa_lightning"])
 RUN = "test-run"
 
 
@@ -70,14 +73,13 @@ class Run:
         self.store = Store(f"127.0.0.1:{self.port}", RUN, serve=True)
         return self.store
 
-    def session(self) -> Session:
-        settings = {"check_interval": 5, "normalize": True, "seed": 5, **self.settings}
-        return Session(Options(**settings), tiny_model(), 1, RUN)
-
     def start(self, plan: Plan | None = None) -> int:
         """Start a worker; returns its number."""
         number = len(self.processes)
-        process = FORK.Process(target=self._work, args=(number, plan or Plan()), daemon=True)
+        shared = {"port": self.port, "folder": self.folder, "total_steps": self.total_steps, "key": self.key}
+        shared |= {"options": self.options, "settings": self.settings, "step_s": self.step_s}
+        shared |= {"results": self.results, "fired": self.fired}
+        process = FORK.Process(target=_work, args=(Child(number=number, **shared), plan or Plan()), daemon=True)
         self.plans.append(plan or Plan())
         self.processes.append(process)
         process.start()
@@ -105,16 +107,28 @@ class Run:
     def num_fired(self) -> int:
         return sum(self.fired)
 
-    def _work(self, number: int, plan: Plan) -> None:
-        torch.set_num_threads(1)
-        result: dict[str, Any] = {"number": number}
-        try:
-            result |= self._train(number, plan)
-        except Exception as error:
-            result["error"] = f"{type(error).__name__}: {error}"
-        self.results.put(result)
 
-    def _train(self, number: int, plan: Plan) -> dict[str, Any]:
+@dataclass
+class Child:
+    """What a worker process knows of its run."""
+
+    number: int
+    port: int
+    folder: Path
+    total_steps: int
+    key: bytes | None
+    options: dict[str, Any]
+    settings: dict[str, Any]
+    step_s: float
+    results: Any
+    fired: Any
+
+    def session(self) -> Session:
+        settings = {"check_interval": 5, "normalize": True, "seed": 5, **self.settings}
+        return Session(Options(**settings), tiny_model(), 1, RUN)
+
+    def train(self, plan: Plan) -> dict[str, Any]:
+        number = self.number
         data = batches(64, seed=100 + number)
         store = Store(f"127.0.0.1:{self.port}", RUN)
         if plan.start_at:
@@ -171,3 +185,13 @@ class Run:
             "rejected": worker.rejected, "stopped": worker.stopped,
         }  # fmt: skip
         return result
+
+
+def _work(child: Child, plan: Plan) -> None:
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {"number": child.number}
+    try:
+        result |= child.train(plan)
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    child.results.put(result)
