@@ -9,7 +9,6 @@ from lightning_grad.data import ResumableDataLoader, ResumableSampler
 from lightning_grad.optim import SGDP, AdaGradNorm, AdamP, DiffGrad
 from lightning_grad.optim.groups import param_groups
 from lightning_grad.precision import NVFP4FSDPPrecision, NVFP4Precision
-from lightning_grad.strategies import SharedSeedSPSAStrategy
 from lightning_grad.strategies import ElasticSPSAStrategy, SharedSeedSPSAStrategy
 
 __version__ = "0.1.0.dev0"
@@ -20,11 +19,11 @@ __all__ = [
     "AdamP",
     "ChecksumCheckpointIO",
     "DiffGrad",
+    "ElasticSPSAStrategy",
     "NVFP4FSDPPrecision",
     "NVFP4Monitor",
     "NVFP4Precision",
     "NVFP4PrecisionSwitch",
-    "ElasticSPSAStrategy",
     "OptimizerStats",
     "RandomStateCheckpoint",
     "ResumableDataLoader",
