@@ -23,10 +23,12 @@ from lightning_grad.optim._executors import (
     run_differentiable,
     run_in_place,
     run_list,
+    run_whole,
     store,
 )
 from lightning_grad.optim._math import Pool
 
+Kind = Literal["elementwise", "rowwise", "global", "tensor"]
 Work = list[tuple[Group, list[tuple[Unit, Hyper]]]]
 
 
@@ -76,8 +78,9 @@ class RuleOptimizer(Optimizer):
     - ``"tensor"``: the rule sees one whole parameter at a time and may reduce over it.
     """
 
-    kind: ClassVar[Literal["elementwise", "rowwise", "global", "tensor"]] = "elementwise"
-    state_spec: ClassVar[Mapping[str, float]] = {}
+    kind: ClassVar[Kind] = "elementwise"
+    noisy: ClassVar[bool] = False  # the rule finds standard normal numbers in ``s["noise"]`` if ``h["noisy"]``
+    state_spec: ClassVar[Mapping[str, float | None]] = {}  # None: starts as the parameter's value
     small: ClassVar[int] = 32768  # parameters with fewer elements share a bucket
     capacity: ClassVar[int] = 131072  # elements of a bucket
     block: ClassVar[Mapping[str, int]] = {"cpu": 131072, "cuda": 1 << 24}  # elements per call of the eager rule
@@ -108,15 +111,15 @@ class RuleOptimizer(Optimizer):
 
     @staticmethod
     def measure(p: Tensor, g: Tensor, s: State, h: Hyper) -> Tensor:
-        """``"global"`` rules: a 0-dim tensor to sum over all parameters; by default the squared norm of ``g``."""
+        """``"global"`` rules: what to sum over all parameters; by default the squared norm of ``g``."""
         return (g * g).sum()
 
-    def prologue(self, groups: list[Group], totals: list[Any]) -> list[Hyper]:
+    def prologue(self, groups: list[Group], totals: list[Tensor]) -> list[dict[str, Tensor]]:
         """``"global"`` rules: scalars to add to ``h``, for each group, from the sums of :meth:`measure`.
 
         Args:
             groups: The groups that have gradients.
-            totals: One sum per group: a number on CPU, else a 0-dim float64 tensor.
+            totals: One float64 sum per group.
         """
         raise NotImplementedError
 
@@ -128,7 +131,11 @@ class RuleOptimizer(Optimizer):
         """The rule for one whole parameter."""
         return self.rule
 
-    def state_names(self, group: Group) -> Mapping[str, float]:
+    def kind_of(self, group: Group) -> Kind:
+        """The kind of the rule for a group."""
+        return self.kind
+
+    def state_names(self, group: Group) -> Mapping[str, float | None]:
         """State names and fills that the group needs."""
         return self.state_spec
 
@@ -192,7 +199,7 @@ class RuleOptimizer(Optimizer):
         if name == "step":
             return value.to(device=param.device if group["capturable"] else "cpu", dtype=torch.float32, copy=True)
         dtype = value.dtype
-        if name not in self.shared_state and (dtype.is_floating_point or dtype.is_complex):
+        if not self._is_shared(name) and (dtype.is_floating_point or dtype.is_complex):
             dtype = torch.float32 if group["state_dtype"] == "float32" else param.dtype
             dtype = dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
         return value.to(device=param.device, dtype=dtype, copy=True)
@@ -203,17 +210,37 @@ class RuleOptimizer(Optimizer):
             wanted = {"step", *self.state_names({**self.defaults, **saved_group})}
             for key in saved_group["params"]:
                 entry = loaded["state"].get(key)
-                if not entry or not entry.keys() - set(self.shared_state):
+                if not entry or all(map(self._is_shared, entry)):
                     continue
                 for missing in sorted(wanted - entry.keys()):
                     raise KeyError(
                         f"{name}: the state of parameter {key} has no `{missing}`; is it another optimizer's?"
                     )
-                for extra in sorted(entry.keys() - wanted - set(self.shared_state)):
+                for extra in sorted(k for k in entry.keys() - wanted if not self._is_shared(k)):
                     raise KeyError(f"{name}: the state of parameter {key} has an unknown `{extra}`")
         seen.append(loaded)
 
-    shared_state: ClassVar[tuple[str, ...]] = ()  # state of the whole optimizer, kept with the first parameter
+    shared_state: ClassVar[tuple[str, ...]] = ()  # scalars of the whole optimizer, kept with the first parameter
+
+    def _is_shared(self, name: str) -> bool:
+        return name in self.shared_state
+
+    def shared(self, group: Group, name: str, start: float, dtype: torch.dtype = torch.float64) -> Tensor:
+        """A scalar of the whole optimizer (or group), kept with the state of the group's first parameter."""
+        param = group["params"][0]
+        state = self.state[param]
+        if name not in state:
+            state[name] = torch.full((), start, dtype=dtype, device=param.device)
+        found: Tensor = state[name]
+        return found
+
+    def set_shared(self, group: Group, name: str, value: Tensor) -> None:
+        """Change such a scalar; replaced under autograd, so that the graph of this step survives the next."""
+        old = self.state[group["params"][0]][name]
+        if group["differentiable"]:
+            self.state[group["params"][0]][name] = value.to(old.dtype)
+        else:
+            old.copy_(value)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient.
@@ -262,25 +289,26 @@ class RuleOptimizer(Optimizer):
             grads.append(grad)
         if not params:
             return None
-        listed = bool(group["foreach"]) and self.kind == "elementwise"
+        kind = self.kind_of(group)
+        listed = bool(group["foreach"]) and kind == "elementwise"
         split_1d = not group["decay_1d"] and group.get("weight_decay", 0.0) != 0.0
         signature = (
             listed, group["foreach"], group["differentiable"], group["capturable"], group["compile"],
-            group["state_dtype"], group["stochastic_rounding"], split_1d, tuple(self.state_names(group)),
+            group["state_dtype"], group["stochastic_rounding"], split_1d, tuple(self.state_names(group)), kind,
         )  # fmt: skip
         plan = self._plans.get(index)
         if plan is not None and plan.holds(signature, params, self.state):
             plan.give(grads)
             return plan
         self._check_rounding(group)
-        single = group["foreach"] is False or group["differentiable"] or self.kind == "tensor"
+        single = group["foreach"] is False or group["differentiable"] or kind == "tensor"
         layout = Layout(
             state=self.state_names(group),
-            rowwise=self.kind == "rowwise",
+            rowwise=kind == "rowwise",
             concatenate=not single,
             listed=listed or group["differentiable"],
             listed_devices=self.listed_devices
-            if self.kind == "elementwise" and group["foreach"] is None and not group["compile"]
+            if kind == "elementwise" and group["foreach"] is None and not group["compile"]
             else (),
             float32_state=group["state_dtype"] == "float32",
             step_on_device=group["capturable"],
@@ -312,8 +340,8 @@ class RuleOptimizer(Optimizer):
             for group, plan in zip(self.param_groups, plans, strict=True)
             if plan is not None
         ]
-        if work and self.kind == "global":
-            self._measure_all(work)
+        if any(self.kind_of(group) == "global" for group, _ in work):
+            self._measure_all([pair for pair in work if self.kind_of(pair[0]) == "global"])
         pool = Pool()
         for group, units in work:
             for unit, h in units:
@@ -331,6 +359,8 @@ class RuleOptimizer(Optimizer):
 
     def _run(self, group: Group, unit: Unit, h: Hyper, pool: Pool) -> None:
         """Update the parameters of a unit in place."""
+        if self.noisy and h["noisy"]:
+            unit.draw(self.generator(unit.device))
         if group["differentiable"]:
             run_differentiable(self.rule_for, group, unit, list(self.state_names(group)), h)
         elif unit.listed:
@@ -343,8 +373,14 @@ class RuleOptimizer(Optimizer):
             store(unit)
 
     def _run_eager(self, group: Group, unit: Unit, h: Hyper, pool: Pool, p: Tensor, g: Tensor) -> None:
-        size = p.shape[0] if self.kind == "tensor" else self._block(p)
-        run_in_place(self.rule, group, unit, h, size, pool, p, g)
+        if self.kind_of(group) == "tensor":
+            run_whole(self.rule, group, unit, h, p, g)
+        else:
+            run_in_place(self.rule, group, unit, h, self._block(p), pool, p, g)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The random numbers of a noisy rule."""
+        raise NotImplementedError
 
     def _block(self, p: Tensor) -> int:
         """Rows (or elements) of a flat tensor that the eager rule works on at a time."""
@@ -352,19 +388,16 @@ class RuleOptimizer(Optimizer):
 
     def _measure_all(self, work: Work) -> None:
         """Sum :meth:`measure` over the parameters of each group, and add what :meth:`prologue` makes of it to ``h``."""
-        totals: list[Any] = []
+        totals: list[Tensor] = []
         for group, units in work:
-            on_host = not (group["capturable"] or group["differentiable"])
-            total: Any = 0.0
-            for unit, h in units:
-                for p, g, s in self._pieces(group, unit):
-                    part = self.measure(p, g, s, h).double()
-                    total = total + (part.item() if on_host and part.device.type == "cpu" else part)
-            totals.append(total)
+            parts = [self.measure(*piece, h).double() for unit, h in units for piece in self._pieces(group, unit)]
+            totals.append(torch.stack(parts).sum(0) if parts else torch.zeros((), dtype=torch.float64))
         scalars = self.prologue([group for group, _ in work], totals)
-        for (_, units), extra in zip(work, scalars, strict=True):
+        for (group, units), extra in zip(work, scalars, strict=True):
+            on_host = not (group["capturable"] or group["differentiable"])
             for unit, h in units:
-                h.update({k: v.to(unit.compute_dtype) if isinstance(v, Tensor) else v for k, v in extra.items()})
+                for name, value in extra.items():  # a number makes the rule faster, but reading it stops a GPU
+                    h[name] = value.item() if on_host and value.device.type == "cpu" else value.to(unit.compute_dtype)
 
     def _pieces(self, group: Group, unit: Unit) -> Iterator[tuple[Tensor, Tensor, State]]:
         """Values, gradients and states of a unit, block by block, in the dtype of computation."""

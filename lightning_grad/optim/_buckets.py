@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Place = tuple[torch.Size, tuple[int, ...], int]  # shape, strides, offset
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -53,6 +54,8 @@ class Unit:
     params: list[Tensor] = field(default_factory=list)  # the members' values, as real numbers
     grads: list[Tensor] = field(default_factory=list)  # of this step
     is_complex: bool = False
+    places: list[Place] = field(default_factory=list)  # of the members in flat tensors
+    noise: list[Tensor] = field(default_factory=list)  # of this step
     rows: tuple[Tensor, ...] = ()  # rowwise, several members: the member of each row, and the rows of each member
     version: int = 0
 
@@ -70,6 +73,24 @@ class Unit:
     def release(self) -> None:
         """Forget the gradients, so that ``zero_grad(set_to_none=True)`` frees them."""
         self.grads = []
+        self.noise = []
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Draw standard normal numbers for every member, in the order of its elements whatever its layout."""
+        shapes = [value.shape for value in self.params]
+        numbers = [
+            torch.randn(shape, generator=generator, dtype=self.compute_dtype, device=self.device) for shape in shapes
+        ]
+        if not self.listed:
+            flat = torch.empty(self.numel, dtype=self.compute_dtype, device=self.device)
+            for values, place in zip(numbers, self.places, strict=True):
+                flat.as_strided(*place).copy_(values)
+            numbers = [flat.view(self.shape)]
+        self.noise = numbers
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The flat tensors that the rule gets beside values and gradients."""
+        return {**self.state, "noise": self.noise[0]} if self.noise else self.state
 
     def advance(self, capturable: bool) -> Tensor | float:
         """Count the step and return it: a number, or a 0-dim float64 tensor on the device if ``capturable``."""
@@ -117,7 +138,7 @@ class Plan:
 class Layout:
     """What decides the shape of a plan."""
 
-    state: Mapping[str, float]  # name -> initial fill
+    state: Mapping[str, float | None]  # name -> initial fill; None: the parameter's value
     rowwise: bool
     concatenate: bool  # small parameters share a unit
     listed: bool  # all units are lists
@@ -219,7 +240,7 @@ def _flat_unit(group: list[Member], layout: Layout) -> Unit:
     row = sizes[0] // first.shape[0] if rowwise else 0
     unit = _new_unit(group, layout, (total // row, row) if rowwise else (total,), gathered=gathered)
     offsets = accumulate(sizes[:-1], initial=0)
-    places = [(m.real.shape, s, o) for m, s, o in zip(group, strides, offsets, strict=True)]
+    unit.places = places = [(m.real.shape, s, o) for m, s, o in zip(group, strides, offsets, strict=True)]
     for name, fill in layout.state.items():
         unit.state[name] = _flat_state(unit, name, fill, places, layout).view(unit.shape)
     if rowwise and len(group) > 1:
@@ -248,9 +269,7 @@ def _flatten(value: Tensor) -> Tensor:
     return value.as_strided((value.numel(),), (1,))
 
 
-def _flat_state(
-    unit: Unit, name: str, fill: float, places: list[tuple[torch.Size, tuple[int, ...], int]], layout: Layout
-) -> Tensor:
+def _flat_state(unit: Unit, name: str, fill: float | None, places: list[Place], layout: Layout) -> Tensor:
     """One flat tensor for a state of all members, whose entries become views of it."""
     first = unit.members[0]
     dtype = torch.float32 if layout.float32_state else first.real.dtype
@@ -260,9 +279,11 @@ def _flat_state(
         whole = old.untyped_storage().nbytes() == old.numel() * old.element_size()
         if whole and old.dtype is dtype and old.stride() == places[0][1] and old.device == unit.device:
             return _flatten(old)
-    flat = torch.full((unit.numel,), fill, dtype=dtype, device=unit.device)
+    flat = torch.full((unit.numel,), fill or 0.0, dtype=dtype, device=unit.device)
     for member, place in zip(unit.members, places, strict=True):
         view = flat.as_strided(*place)
+        if fill is None:
+            view.copy_(member.real)
         view = torch.view_as_complex(view) if member.param.is_complex() else view
         _adopt(member, name, view)
     return flat
@@ -276,7 +297,8 @@ def _list_unit(group: list[Member], layout: Layout) -> Unit:
             dtype = dtype.to_complex() if member.param.is_complex() else dtype
             old = member.state.get(name)
             if old is None or old.dtype is not dtype or old.device != member.param.device:
-                _adopt(member, name, torch.full_like(member.param, fill, dtype=dtype, requires_grad=False))
+                view = torch.full_like(member.param, fill or 0.0, dtype=dtype, requires_grad=False)
+                _adopt(member, name, view.copy_(member.param.detach()) if fill is None else view)
     return unit
 
 

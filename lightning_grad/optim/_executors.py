@@ -57,8 +57,9 @@ def run_in_place(rule: Rule, group: Group, unit: Unit, h: Hyper, size: int, pool
         p: Values, from :func:`load`.
         g: Gradients, from :func:`load`.
     """
-    names, dtype = list(unit.state), unit.compute_dtype
-    for pb, gb, *states in zip(p.split(size), g.split(size), *(unit.state[n].split(size) for n in names), strict=True):
+    inputs, dtype = unit.inputs(), unit.compute_dtype
+    names = list(inputs)
+    for pb, gb, *states in zip(p.split(size), g.split(size), *(t.split(size) for t in inputs.values()), strict=True):
         pool.reset()
         gradient = signed(gb.to(dtype), group, pool)
         state = {name: Buffer(t.to(dtype), pool=pool) for name, t in zip(names, states, strict=True)}
@@ -67,6 +68,16 @@ def run_in_place(rule: Rule, group: Group, unit: Unit, h: Hyper, size: int, pool
         for name, t in zip(names, states, strict=True):
             if name in new_s:
                 write(t, new_s[name].tensor)
+
+
+def run_whole(rule: Rule, group: Group, unit: Unit, h: Hyper, p: Tensor, g: Tensor) -> None:
+    """Run the rule on a whole parameter, for rules that reduce over it; arguments as for :func:`run_in_place`."""
+    dtype = unit.compute_dtype
+    state = {name: t.to(dtype) for name, t in unit.inputs().items()}
+    new_p, new_s = rule(p.to(dtype), -g.to(dtype) if group["maximize"] else g.to(dtype), state, h)
+    write(p, new_p, group["stochastic_rounding"])
+    for name, value in new_s.items():
+        write(unit.state[name], value)
 
 
 def signed(gradient: Tensor, group: Group, pool: Pool) -> Buffer:
@@ -88,6 +99,8 @@ def run_list(rule: Rule, group: Group, unit: Unit, names: list[str], h: Hyper) -
     states = {name: [real_view(member.state[name]) for member in unit.members] for name in names}
     p, g = (TensorList([t.to(dtype) for t in tensors]) for tensors in (unit.params, unit.grads))
     s: State = {name: TensorList([t.to(dtype) for t in tensors]) for name, tensors in states.items()}
+    if unit.noise:
+        s["noise"] = TensorList(unit.noise)
     new_p, new_s = rule(p, -g if group["maximize"] else g, s, h)
     values = [stochastic_round(t) for t in new_p.items] if group["stochastic_rounding"] else new_p.items
     torch._foreach_copy_(unit.params, values)
@@ -100,9 +113,11 @@ def run_differentiable(
 ) -> None:
     """Run the rule on each parameter under autograd; states are replaced, so that the graph outlives the next step."""
     dtype = unit.compute_dtype
-    for member, grad in zip(unit.members, unit.grads, strict=True):
+    for index, (member, grad) in enumerate(zip(unit.members, unit.grads, strict=True)):
         g = grad.to(dtype)
         s = {name: real_view(member.state[name]).to(dtype) for name in names}
+        if unit.noise:
+            s["noise"] = unit.noise[index]
         # a copy: the graph must not see the in-place change below
         p = real_view(member.param).clone().to(dtype)
         new_p, new_s = rule_for(member.param, h)(p, -g if group["maximize"] else g, s, h)
@@ -125,7 +140,8 @@ def run_compiled(owner: type, rule: Rule, group: Group, unit: Unit, h: Hyper, p:
         p: Values, from :func:`load`.
         g: Gradients, from :func:`load`.
     """
-    names, dtype = list(unit.state), unit.compute_dtype
+    inputs, dtype = unit.inputs(), unit.compute_dtype
+    names = list(inputs)
     flags = tuple((k, v) for k, v in h.items() if isinstance(v, bool))
     scalars = tuple(k for k, v in h.items() if not isinstance(v, bool))
     maximize, rounding = group["maximize"], group["stochastic_rounding"]
@@ -141,7 +157,7 @@ def run_compiled(owner: type, rule: Rule, group: Group, unit: Unit, h: Hyper, p:
     else:
         packed = torch.tensor(values, dtype=dtype).to(p.device, non_blocking=True)
     try:
-        update(p, g, [unit.state[name] for name in names], packed, unit.rows)
+        update(p, g, list(inputs.values()), packed, unit.rows)
     except Exception as error:
         _compiled[key] = None
         reason = (str(error).splitlines() or [""])[0]

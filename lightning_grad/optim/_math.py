@@ -214,3 +214,8 @@ def stochastic_round(x: Tensor) -> Tensor:
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
     rounded = ((x.view(torch.int32) + noise) & -65536).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x)
+
+
+def ratio(a: Scalar, b: Tensor) -> Tensor:
+    """``a / b``, and 0 where ``b`` is 0."""
+    return torch.where(b > 0, a / torch.where(b > 0, b, torch.ones_like(b)), torch.zeros_like(b))

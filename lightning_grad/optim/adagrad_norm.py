@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
@@ -13,7 +12,7 @@ from typing_extensions import override
 from lightning_grad._validate import check_choice
 from lightning_grad.optim._base import RuleOptimizer, Switches
 from lightning_grad.optim._executors import Group, Hyper, State
-from lightning_grad.optim._math import axpy
+from lightning_grad.optim._math import axpy, ratio
 
 
 class AdaGradNorm(RuleOptimizer):
@@ -64,25 +63,20 @@ class AdaGradNorm(RuleOptimizer):
         return {"keep": 1.0 - group["lr"] * group["weight_decay"], "decays": group["weight_decay"] != 0.0}
 
     @override
-    def prologue(self, groups: list[Group], totals: list[Any]) -> list[Hyper]:
+    def prologue(self, groups: list[Group], totals: list[Tensor]) -> list[dict[str, Tensor]]:
         if groups[0]["scope"] == "global":
-            b = self._accumulate(self.param_groups[0], sum(totals))
-            return [{"scale": _ratio(group["lr"], b)} for group in groups]
+            b = self._accumulate(self.param_groups[0], sum(totals, torch.zeros_like(totals[0])))
+            return [{"scale": ratio(group["lr"], b)} for group in groups]
         pairs = zip(groups, totals, strict=True)
-        return [{"scale": _ratio(group["lr"], self._accumulate(group, total))} for group, total in pairs]
+        return [{"scale": ratio(group["lr"], self._accumulate(group, total))} for group, total in pairs]
 
-    def _accumulate(self, group: Group, total: Any) -> Any:
+    def _accumulate(self, group: Group, total: Tensor) -> Tensor:
         """Add to the group's sum of squares; returns its root."""
-        param = group["params"][0]
-        state = self.state[param]
-        if "sum_sq" not in state:
-            dtype = torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
-            state["sum_sq"] = torch.full((), group["b0"] ** 2, dtype=dtype, device=param.device)
-        if isinstance(total, Tensor):
-            state["sum_sq"] = (state["sum_sq"] + total).to(state["sum_sq"].dtype)
-            return state["sum_sq"].sqrt()
-        state["sum_sq"] += total
-        return math.sqrt(state["sum_sq"].item())
+        exact = group["params"][0].dtype in (torch.float64, torch.complex128)
+        dtype = torch.float64 if exact else torch.float32
+        grown = (self.shared(group, "sum_sq", group["b0"] ** 2, dtype) + total).to(dtype)
+        self.set_shared(group, "sum_sq", grown)
+        return grown.double().sqrt()
 
     @override
     @staticmethod
@@ -97,14 +91,7 @@ class AdaGradNorm(RuleOptimizer):
         groups = self.param_groups if self.param_groups[0]["scope"] == "group" else self.param_groups[:1]
         found: dict[str, float | Tensor] = {}
         for i, group in enumerate(groups):
-            b = self.state[group["params"][0]]["sum_sq"].sqrt() if self.state[group["params"][0]] else group["b0"]
+            b = self.state[group["params"][0]].get("sum_sq", torch.tensor(group["b0"] ** 2)).sqrt()
             suffix = f"_{i}" if len(groups) > 1 else ""
-            found |= {f"b{suffix}": b, f"effective_lr{suffix}": _ratio(group["lr"], b)}
+            found |= {f"b{suffix}": b, f"effective_lr{suffix}": ratio(group["lr"], b)}
         return found
-
-
-def _ratio(lr: Any, b: Any) -> Any:
-    """``lr / b``, and 0 where ``b`` is 0 (no gradient was seen yet)."""
-    if isinstance(b, Tensor):
-        return torch.where(b > 0, lr / torch.where(b > 0, b, 1.0), 0.0)
-    return lr / b if b > 0 else 0.0

@@ -67,7 +67,7 @@ class SGDP(ProjectedOptimizer):
         super().__init__(params, defaults, **switches)
 
     @override
-    def state_names(self, group: Group) -> Mapping[str, float]:
+    def state_names(self, group: Group) -> Mapping[str, float | None]:
         return self.state_spec if group["momentum"] != 0.0 or group["dampening"] != 0.0 else {}
 
     @override
