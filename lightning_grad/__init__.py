@@ -6,7 +6,19 @@ Importing this package makes the bare class names below usable in LightningCLI Y
 from lightning_grad.callbacks import NVFP4Monitor, NVFP4PrecisionSwitch, OptimizerStats, RandomStateCheckpoint
 from lightning_grad.checkpoint_io import ChecksumCheckpointIO
 from lightning_grad.data import ResumableDataLoader, ResumableSampler
-from lightning_grad.optim import SGDP, AdaGradNorm, AdamP, DiffGrad
+from lightning_grad.optim import (
+    PSGLD,
+    SGDP,
+    SGHMC,
+    SGLD,
+    AdaGradNorm,
+    AdamP,
+    DiffGrad,
+    NormalizedGD,
+    OptimisticAdam,
+    OptimisticFTRL,
+    OptimisticOMD,
+)
 from lightning_grad.optim.groups import param_groups
 from lightning_grad.precision import NVFP4FSDPPrecision, NVFP4Precision
 from lightning_grad.strategies import ElasticSPSAStrategy, SharedSeedSPSAStrategy
@@ -14,7 +26,10 @@ from lightning_grad.strategies import ElasticSPSAStrategy, SharedSeedSPSAStrateg
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "PSGLD",
     "SGDP",
+    "SGHMC",
+    "SGLD",
     "AdaGradNorm",
     "AdamP",
     "ChecksumCheckpointIO",
@@ -24,6 +39,10 @@ __all__ = [
     "NVFP4Monitor",
     "NVFP4Precision",
     "NVFP4PrecisionSwitch",
+    "NormalizedGD",
+    "OptimisticAdam",
+    "OptimisticFTRL",
+    "OptimisticOMD",
     "OptimizerStats",
     "RandomStateCheckpoint",
     "ResumableDataLoader",

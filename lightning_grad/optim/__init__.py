@@ -3,6 +3,22 @@
 from lightning_grad.optim.adagrad_norm import AdaGradNorm
 from lightning_grad.optim.adamp import AdamP
 from lightning_grad.optim.diffgrad import DiffGrad
+from lightning_grad.optim.normalized_gd import NormalizedGD
+from lightning_grad.optim.optimistic import OptimisticFTRL, OptimisticOMD
+from lightning_grad.optim.optimistic_adam import OptimisticAdam
 from lightning_grad.optim.sgdp import SGDP
+from lightning_grad.optim.sgmcmc import PSGLD, SGHMC, SGLD
 
-__all__ = ["SGDP", "AdaGradNorm", "AdamP", "DiffGrad"]
+__all__ = [
+    "PSGLD",
+    "SGDP",
+    "SGHMC",
+    "SGLD",
+    "AdaGradNorm",
+    "AdamP",
+    "DiffGrad",
+    "NormalizedGD",
+    "OptimisticAdam",
+    "OptimisticFTRL",
+    "OptimisticOMD",
+]

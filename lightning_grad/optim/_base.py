@@ -231,8 +231,14 @@ class RuleOptimizer(Optimizer):
         state = self.state[param]
         if name not in state:
             state[name] = torch.full((), start, dtype=dtype, device=param.device)
+            self._remember()
         found: Tensor = state[name]
         return found
+
+    def _remember(self) -> None:
+        """Keep the plans although a state got another entry."""
+        for plan in self._plans.values():
+            plan.remember()
 
     def set_shared(self, group: Group, name: str, value: Tensor) -> None:
         """Change such a scalar; replaced under autograd, so that the graph of this step survives the next."""

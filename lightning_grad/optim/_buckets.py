@@ -110,6 +110,10 @@ class Plan:
     units: list[Unit]
 
     def __post_init__(self) -> None:
+        self.remember()
+
+    def remember(self) -> None:
+        """Take what there is now as what must still be there at the next step."""
         self.pointers = [param.data_ptr() for param in self.params]
         # the tensors are alive as long as the plan, so an id stands for one of them
         self.entries = [value for state in self.states for value in state.values()]

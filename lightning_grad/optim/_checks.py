@@ -22,7 +22,7 @@ def check_group(group: dict[str, Any]) -> None:
     for name, value in group.items():
         if name == "betas":
             _check_betas(value)
-        elif name in _NON_NEGATIVE:
+        elif name in _NON_NEGATIVE and value is not None:
             check_non_negative(name, value)
         elif name in _FRACTION_BELOW_ONE and not (_is_number(value) and 0.0 <= value < 1.0):
             raise ValueError(f"{name} must lie in [0, 1), got {value}")

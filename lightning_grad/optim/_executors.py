@@ -17,6 +17,7 @@ State = dict[str, Any]
 Group = dict[str, Any]
 Rule = Callable[[Any, Any, State, Hyper], tuple[Any, State]]
 
+LANES, _ROW_LANES = 64, 8
 # One compiled callable per rule, dtype, device type and set of switches; None after a failure.
 _compiled: dict[tuple[Any, ...], Callable[..., None] | None] = {}
 
@@ -57,7 +58,13 @@ def run_in_place(rule: Rule, group: Group, unit: Unit, h: Hyper, size: int, pool
         p: Values, from :func:`load`.
         g: Gradients, from :func:`load`.
     """
-    inputs, dtype = unit.inputs(), unit.compute_dtype
+    _run_blocks(rule, group, unit.inputs(), unit.compute_dtype, h, size, pool, p, g)
+
+
+def _run_blocks(
+    rule: Rule, group: Group, inputs: dict[str, Tensor], dtype: torch.dtype, h: Hyper, size: int, pool: Pool,
+    p: Tensor, g: Tensor,
+) -> None:  # fmt: skip
     names = list(inputs)
     for pb, gb, *states in zip(p.split(size), g.split(size), *(t.split(size) for t in inputs.values()), strict=True):
         pool.reset()
@@ -156,8 +163,15 @@ def run_compiled(owner: type, rule: Rule, group: Group, unit: Unit, h: Hyper, p:
         packed = torch.stack([torch.as_tensor(v, dtype=dtype, device=p.device) for v in values])
     else:
         packed = torch.tensor(values, dtype=dtype).to(p.device, non_blocking=True)
+    whole = p.shape[0] // LANES * LANES if p.ndim == 1 else p.shape[0]
     try:
-        update(p, g, list(inputs.values()), packed, unit.rows)
+        if whole:
+            update(
+                *(_in_lanes(t[:whole]) for t in (p, g)),
+                [_in_lanes(t[:whole]) for t in inputs.values()],
+                packed,
+                unit.rows,
+            )
     except Exception as error:
         _compiled[key] = None
         reason = (str(error).splitlines() or [""])[0]
@@ -166,7 +180,17 @@ def run_compiled(owner: type, rule: Rule, group: Group, unit: Unit, h: Hyper, p:
             stacklevel=5,
         )
         return False
+    if whole < p.shape[0]:
+        rest = {name: t[whole:] for name, t in inputs.items()}
+        _run_blocks(rule, group, rest, dtype, h, p.shape[0], Pool(), p[whole:], g[whole:])
     return True
+
+
+def _in_lanes(t: Tensor) -> Tensor:
+    """The same numbers with a last dimension that the compiler knows, so that its inner loop needs no remainder."""
+    if t.ndim == 1:
+        return t.view(-1, LANES)
+    return t.view(t.shape[0], -1, _ROW_LANES) if t.shape[1] % _ROW_LANES == 0 else t
 
 
 def _compile(

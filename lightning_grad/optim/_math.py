@@ -163,19 +163,24 @@ class Buffer:
 # A scalar is a number in the eager modes (one fused kernel) and a 0-dim tensor when it must not be read on the host.
 
 
+def borrowed(x: Any) -> Any:
+    """``x`` as an operand that is used again."""
+    return Buffer(x.tensor, x.pool) if isinstance(x, Buffer) else x
+
+
 def axpy(y: Any, x: Any, a: Scalar) -> Any:
     """``y + a * x``."""
-    return y + x * a if isinstance(a, Tensor) else y.add(x, alpha=a)
+    return y + borrowed(x) * a if isinstance(a, Tensor) else y.add(x, alpha=a)
 
 
 def addcmul(y: Any, a: Any, b: Any, c: Scalar) -> Any:
     """``y + c * a * b``."""
-    return y + (a * c) * b if isinstance(c, Tensor) else y.addcmul(a, b, value=c)
+    return y + (borrowed(a) * c) * b if isinstance(c, Tensor) else y.addcmul(a, b, value=c)
 
 
 def addcdiv(y: Any, a: Any, b: Any, c: Scalar) -> Any:
     """``y + c * a / b``."""
-    return y + (a * c) / b if isinstance(c, Tensor) else y.addcdiv(a, b, value=c)
+    return y + (borrowed(a) * c) / b if isinstance(c, Tensor) else y.addcdiv(a, b, value=c)
 
 
 def ema(average: Any, x: Any, beta: Scalar) -> Any:

@@ -61,9 +61,10 @@ class ProjectedOptimizer(RuleOptimizer):
         """With projection, for rows ``p`` (R, C) of one tensor, or of several if ``h["rows"]`` tells which."""
         new_s = cls.advance(g, s, h)
         u = cls.direction(g, {**s, **new_s}, h)
-        sums = RowSums((p * g).sum(1), (g * g).sum(1), (p * p).sum(1), (p * u).sum(1))
-        keep = row_factor(sums, p.shape[1], h)
-        return axpy(p * keep[:, None], u, -h["step_size"]), new_s
+        row = tuple(range(1, p.ndim))
+        sums = RowSums((p * g).sum(row), (g * g).sum(row), (p * p).sum(row), (p * u).sum(row))
+        keep = row_factor(sums, p.numel() // p.shape[0], h)
+        return axpy(p * keep.view(-1, *(1 for _ in row)), u, -h["step_size"]), new_s
 
     @override
     def unit_rule(self, unit: Unit) -> Rule:

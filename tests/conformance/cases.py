@@ -13,7 +13,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_grad.optim import SGDP, AdaGradNorm, AdamP, DiffGrad
+from lightning_grad.optim import (
+    PSGLD,
+    SGDP,
+    SGHMC,
+    SGLD,
+    AdaGradNorm,
+    AdamP,
+    DiffGrad,
+    NormalizedGD,
+    OptimisticAdam,
+    OptimisticFTRL,
+    OptimisticOMD,
+)
 from tests.conformance import recurrences as paper
 
 
@@ -37,7 +49,7 @@ class Case:
     limits: tuple[Limit, ...] = ()
     refused: tuple[tuple[str, Any, str], ...] = ()  # argument, value, text; the common arguments are known
     elementwise: bool = True  # the update of an element depends on nothing else
-    rests: bool = True  # zero gradients without decay move nothing
+    noisy: bool = False  # has a temperature; the settings have temperature 0
 
 
 def alternating(size: float) -> Callable[[int, Tensor], Tensor]:
@@ -45,6 +57,7 @@ def alternating(size: float) -> Callable[[int, Tensor], Tensor]:
 
 
 adamw = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+rmsprop = partial(torch.optim.RMSprop, lr=1e-2, alpha=0.99, eps=1e-8)
 nesterov = partial(torch.optim.SGD, lr=1e-2, momentum=0.9, nesterov=True)
 
 # Common arguments: values that every optimizer with such an argument refuses, and the text.
@@ -60,7 +73,7 @@ REFUSED = {
     "wd_ratio": [(v, f"wd_ratio must lie in [0, 1], got {v}") for v in (1.1, -0.1, nan)],
     **{
         name: [(v, f"{name} must be >= 0, got {v}") for v in (-1.0, nan, -inf)]
-        for name in ("eps", "weight_decay", "delta", "b0", "temperature")
+        for name in ("eps", "weight_decay", "delta", "b0", "temperature", "lam", "v_init", "lipschitz", "smoothness")
     },
 }
 
@@ -109,6 +122,75 @@ CASES = [
         ),
         refused=(("dampening", 1.5, "dampening must lie in [0, 1], got 1.5"),),
         elementwise=False,
+    ),
+    Case(
+        NormalizedGD,
+        paper.normalized_gd,
+        (
+            {"lr": 0.3, "weight_decay": 0.1},
+            {"lr": 0.3, "norm": "tensor", "eps": 0.1, "weight_decay": 0.1},
+        ),
+        refused=(("norm", "logistic", "`norm` must be one of 'global', 'tensor', got 'logistic'."),),
+        elementwise=False,
+    ),
+    Case(
+        OptimisticAdam,
+        paper.optimistic_adam,
+        ({"lr": 1e-2, "weight_decay": 0.1}, {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-3}),
+    ),
+    Case(
+        OptimisticOMD,
+        paper.optimistic_omd,
+        (
+            {"lr": 0.5, "weight_decay": 0.1},
+            {"lr": 0.5, "lipschitz": 9.0, "smoothness": 0.3, "diameter": 3.0, "project": True},
+            {"lr": 0.1, "step_rule": "strongly_convex", "strong_convexity": 0.4, "diameter": 3.0, "project": True},
+            {"lr": 0.1, "step_rule": "constant"},
+        ),
+        refused=(
+            ("step_rule", "fast", "`step_rule` must be one of 'convex', 'strongly_convex', 'constant', got 'fast'."),
+            ("step_rule", "strongly_convex", "strong_convexity must be > 0 for step_rule='strongly_convex', got 0.0"),
+            ("diameter", 0.0, "diameter must be > 0 and at most 1e+10, got 0.0"),
+        ),
+        elementwise=False,
+    ),
+    Case(
+        OptimisticFTRL,
+        paper.optimistic_ftrl,
+        (
+            {"diameter": 3.0, "lr": 1.0},
+            {"diameter": 20.0, "lipschitz": 9.0, "lr": 1.0},
+            {"nu": 5.0, "project": False, "lr": 1.0},
+        ),
+        refused=(("nu", 0.0, "nu must be >= 1e-10 and at most 1e+20, got 0.0"),),
+        elementwise=False,
+    ),
+    Case(
+        SGLD,
+        paper.sgld,
+        ({"lr": 1e-2, "weight_decay": 0.1, "temperature": 0.0}, {"lr": 1e-2, "temperature": 0.0, "sphere": True}),
+        limits=(Limit({"lr": 1e-2, "temperature": 0.0}, partial(torch.optim.SGD, lr=1e-2), 0.0),),
+        refused=(("n_data", -1, "n_data must be an integer >= 0, got -1"),),
+        noisy=True,
+    ),
+    Case(
+        PSGLD,
+        paper.psgld,
+        (
+            {"lr": 1e-2, "weight_decay": 0.1, "temperature": 0.0},
+            {"lr": 1e-2, "temperature": 0.0, "alpha": 0.9, "lam": 0.1, "v_init": 1.0},
+        ),
+        limits=(Limit({"lr": 1e-2, "temperature": 0.0, "lam": 1e-8}, rmsprop, 1e-13),),
+        refused=(("lam", 0.0, "lam must be >= 1e-12, got 0.0"),),
+        noisy=True,
+    ),
+    Case(
+        SGHMC,
+        paper.sghmc,
+        ({"lr": 1e-2, "weight_decay": 0.1, "temperature": 0.0}, {"lr": 1e-2, "temperature": 0.0, "friction": 0.7}),
+        limits=(Limit({"lr": 1e-2, "temperature": 0.0}, partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 1e-13),),
+        refused=(("friction", 0.0, "friction must lie in (0, 1], got 0.0"),),
+        noisy=True,
     ),
 ]
 

@@ -49,3 +49,10 @@ def still(case: Case) -> dict[str, Any]:
 
 def arguments(case: Case) -> list[str]:
     return [name for name in inspect.signature(case.cls).parameters if name not in ("params", "switches")]
+
+
+def heat(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Arguments that switch the noise of a sampler on, where the dtype can hold it."""
+    if not case.noisy or dtype is torch.float16:
+        return {}
+    return {"temperature": 1.0, "n_data": 10, "seed": 5}

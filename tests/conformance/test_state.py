@@ -24,6 +24,7 @@ from tests.conformance.common import (
     clones,
     every,
     every_mode,
+    heat,
     through_file,
 )
 
@@ -33,14 +34,14 @@ from tests.conformance.common import (
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("state_dtype", ["param", "float32"])
 def test_resume_is_bit_exact(case: Case, mode: str, dtype: torch.dtype, state_dtype: str) -> None:
-    switches = {**MODES[mode], "state_dtype": state_dtype}
+    switches = {**MODES[mode], "state_dtype": state_dtype, **heat(case, dtype)}
     if dtype is torch.bfloat16:
         switches["stochastic_rounding"] = True
     a = make_params(dtype)
-    first = case.cls(a, **case.kwargs[0], **switches)
+    first = case.cls(a, **{**case.kwargs[0], **switches})
     run(first, a, range(3))
     b = clones(a)
-    second = case.cls(b, **{**case.kwargs[0], "lr": 7.0}, **switches)
+    second = case.cls(b, **{**case.kwargs[0], "lr": 7.0, **switches})
     second.load_state_dict(through_file(first.state_dict()))
     random_state = torch.get_rng_state()
     run(first, a, range(3, 7))
@@ -89,10 +90,10 @@ def test_resume_is_bit_exact_where_gradients_come_and_go(case: Case) -> None:
             optimizer.step()
 
     a = make_params(torch.float32)
-    first = case.cls(a, **case.kwargs[0])
+    first = case.cls(a, **{**case.kwargs[0], **heat(case)})
     go(first, a, range(5))
     b = clones(a)
-    second = case.cls(b, **case.kwargs[0])
+    second = case.cls(b, **{**case.kwargs[0], **heat(case)})
     second.load_state_dict(through_file(first.state_dict()))
     go(first, a, range(5, 12))
     go(second, b, range(5, 12))
@@ -102,7 +103,7 @@ def test_resume_is_bit_exact_where_gradients_come_and_go(case: Case) -> None:
 @every
 def test_copies_and_pickles_go_on_alike(case: Case) -> None:
     a = make_params()
-    first = case.cls(a, **case.kwargs[0])
+    first = case.cls(a, **{**case.kwargs[0], **heat(case)})
     run(first, a, range(2))
     copied, q = copy.deepcopy((first, a))
     unpickled, r = pickle.loads(pickle.dumps((first, a)))

@@ -138,8 +138,6 @@ def test_no_gradient_means_no_change(case: Case) -> None:
 
 @every
 def test_zero_gradient_without_decay_means_no_change(case: Case) -> None:
-    if not case.rests:
-        pytest.skip("moves by noise")
     a, b = make_params(), make_params()
     optimizer = case.cls(a, **still(case))
     for p in a:

@@ -1,0 +1,280 @@
+"""Optimistic online learning: the last gradient predicts the next (OptimisticOMD, OptimisticFTRL)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import override
+
+from lightning_grad._validate import check_choice
+from lightning_grad.optim._base import RuleOptimizer, Switches
+from lightning_grad.optim._checks import check_non_negative
+from lightning_grad.optim._executors import Group, Hyper, State
+from lightning_grad.optim._math import axpy, ratio
+
+
+class _Optimistic(RuleOptimizer):
+    """What the two share: one scalar state for all parameters, and a ball around the start."""
+
+    kind = "global"
+
+    def _total(self, totals: list[Tensor]) -> Tensor:
+        return torch.stack(totals).sum(0)
+
+    def _replace(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.set_shared(self.param_groups[0], name, value)
+
+    @override
+    def check(self, group: Group) -> None:
+        if not isinstance(group["project"], bool):
+            raise ValueError(f"project must be True or False, got {group['project']!r}")
+        if not isinstance(group["diameter"], int | float) or not 0.0 < group["diameter"] <= 1e10:
+            raise ValueError(f"diameter must be > 0 and at most 1e+10, got {group['diameter']}")
+
+
+class OptimisticOMD(_Optimistic):
+    r"""Optimistic mirror descent, for gradients that drift or are partly adversarial, and for games.
+
+    .. math::
+        \theta_t = \Pi(\hat\theta_t - \eta_t g_{t-1}), \qquad \hat\theta_{t+1} = \Pi(\hat\theta_t - \eta_t g_t) \\
+        \eta_t = D / \sqrt{\delta + 4 G^2 + V_{t-1}}, \qquad V_t = \sum_{s \le t} \|g_s - g_{s-1}\|^2, \qquad g_0 = 0
+
+    With ``step_rule="strongly_convex"``, :math:`\eta_t = 2 / (\mu t)`; with ``"constant"``, :math:`\eta_t = 1`. All are
+    multiplied by ``lr``. Without projection and with a constant step this is
+    :math:`\theta \leftarrow \theta - 2 \eta g_t + \eta g_{t-1}`.
+
+    Args:
+        params: Parameters or parameter groups, as for :class:`torch.optim.Optimizer`.
+        lr: Multiplies the step size, >= 0.
+        step_rule: ``"convex"``, ``"strongly_convex"`` or ``"constant"``.
+        diameter: Diameter :math:`D` of the domain, > 0.
+        project: Keep the parameters in the ball of that diameter around their initial values (:math:`\Pi`).
+        lipschitz: Bound :math:`G` of the gradient norm, >= 0; 0: not known.
+        smoothness: Smoothness :math:`L` of the loss, >= 0; 0: not known.
+        strong_convexity: :math:`\mu`, >= 0; must be > 0 for ``"strongly_convex"``.
+        delta: :math:`\delta`, >= 0; ``None``: :math:`10 D^2 L^2`, or 1e-8 if that is 0. Without ``delta``,
+            ``lipschitz`` and ``smoothness`` the first step size uses :math:`V_1`, as nothing else has a scale.
+        weight_decay: Adds ``weight_decay * p`` to the gradient, >= 0.
+        **switches: ``maximize``, ``foreach``, ``compile``, ``capturable``, ``differentiable``, ``decay_1d``,
+            ``state_dtype``, ``stochastic_rounding``.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+
+    State per parameter: ``step``, ``previous_grad``; with ``project`` also ``xhat`` and ``center``. With the first
+    parameter: ``variation`` (:math:`V`), ``eta``, ``rounds``.
+
+    Source: Chen et al., Optimistic online mirror descent for bridging stochastic and adversarial online convex
+    optimization (arXiv:2302.04552). The constants 10 and 4 were not checked against the journal version.
+    """
+
+    shared_state: ClassVar = ("variation", "eta", "rounds")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1.0,
+        step_rule: Literal["convex", "strongly_convex", "constant"] = "convex",
+        diameter: float = 1.0,
+        project: bool = False,
+        lipschitz: float = 0.0,
+        smoothness: float = 0.0,
+        strong_convexity: float = 0.0,
+        delta: float | None = None,
+        weight_decay: float = 0.0,
+        **switches: Unpack[Switches],
+    ) -> None:
+        defaults = {
+            "lr": lr, "step_rule": step_rule, "diameter": diameter, "project": project, "lipschitz": lipschitz,
+            "smoothness": smoothness, "strong_convexity": strong_convexity, "delta": delta,
+            "weight_decay": weight_decay,
+        }  # fmt: skip
+        super().__init__(params, defaults, **switches)
+
+    @override
+    def check(self, group: Group) -> None:
+        super().check(group)
+        check_choice("step_rule", group["step_rule"], ("convex", "strongly_convex", "constant"))
+        check_non_negative("strong_convexity", group["strong_convexity"])
+        if group["step_rule"] == "strongly_convex" and group["strong_convexity"] < 1e-10:
+            raise ValueError(
+                f"strong_convexity must be > 0 for step_rule='strongly_convex', got {group['strong_convexity']}"
+            )
+
+    @override
+    def state_names(self, group: Group) -> Mapping[str, float | None]:
+        return {"previous_grad": 0.0, **({"xhat": None, "center": None} if group["project"] else {})}
+
+    @override
+    def hyper(self, group: Group, step: Any) -> Hyper:
+        return {
+            "weight_decay": group["weight_decay"], "decays": group["weight_decay"] != 0.0, "projects": group["project"]
+        }  # fmt: skip
+
+    @override
+    @staticmethod
+    def measure(p: Tensor, g: Tensor, s: State, h: Hyper) -> Tensor:
+        if h["decays"]:
+            g = axpy(g, p, h["weight_decay"])
+        sums = [(g - s["previous_grad"]).square().sum()]
+        if h["projects"]:
+            y = s["xhat"] - s["center"]
+            sums += [y.square().sum(), (y * g).sum(), g.square().sum()]
+        return torch.stack(sums)
+
+    @override
+    def prologue(self, groups: list[Group], totals: list[Tensor]) -> list[dict[str, Tensor]]:
+        first, total = self.param_groups[0], self._total(totals)
+        variation = self.shared(first, "variation", 0.0)
+        rounds, eta = self.shared(first, "rounds", 0.0) + 1, self.shared(first, "eta", -1.0)
+        grown = variation + total[0]
+        scale_known = _square_scale(first) > 1e-8 or first["step_rule"] != "convex" or first["delta"] is not None
+        start = _step_size(first, rounds, variation if scale_known else grown)
+        eta = torch.where(eta < 0, start, eta)  # that of the point the gradient belongs to
+        following = _step_size(first, rounds + 1, grown)
+        self._replace(variation=grown, rounds=rounds, eta=following)
+        scalars = {"eta": eta, "next_eta": following}
+        if first["project"]:
+            radius = first["diameter"] / 2
+            inside, new_yy, new_yg = _ball(radius, eta, total[1], total[2], total[3])
+            scalars["inside"] = inside
+            scalars["next_inside"] = _ball(radius, following, new_yy, new_yg, total[3])[0]
+        return [scalars for _ in groups]
+
+    @override
+    @staticmethod
+    def rule(p: Any, g: Any, s: State, h: Hyper) -> tuple[Any, State]:
+        if h["decays"]:
+            g = axpy(g, p, h["weight_decay"])
+        if not h["projects"]:
+            p = axpy(axpy(p, s["previous_grad"], h["eta"]), g, -(h["eta"] + h["next_eta"]))
+            return p, {"previous_grad": g}
+        y = axpy(s["xhat"] - s["center"], g, -h["eta"]) * h["inside"]
+        xhat = s["center"] + y
+        return axpy(y, g, -h["next_eta"]) * h["next_inside"] + s["center"], {"previous_grad": g, "xhat": xhat}
+
+    @override
+    def stats(self) -> dict[str, float | Tensor]:
+        """``eta`` of the coming step, and ``variation``, the square root of V."""
+        state = self.state[self.param_groups[0]["params"][0]]
+        return {"eta": state["eta"], "variation": state["variation"].sqrt()} if "eta" in state else {}
+
+
+class OptimisticFTRL(_Optimistic):
+    r"""Optimistic follow-the-regularized-leader, with a regret bound for every sequence of gradients.
+
+    .. math::
+        \theta_t = \Pi\big(\theta_1 - \tfrac{\eta_t}{2} (g_{t-1} + \textstyle\sum_{s<t} g_s)\big), \qquad
+        \eta_t = D^2 / \big(\nu + \textstyle\sum_{s<t} \eta_s \|g_s - g_{s-1}\|^2\big)
+
+    Args:
+        params: Parameters or parameter groups, as for :class:`torch.optim.Optimizer`.
+        diameter: Diameter :math:`D` of the domain, > 0.
+        nu: :math:`\nu`, >= 1e-10; ``None``: :math:`2 D G` if ``lipschitz`` is given, else 1.
+        lipschitz: Bound :math:`G` of the gradient norm, >= 0; 0: not known.
+        project: Keep the parameters in the ball of that diameter around their initial values (:math:`\Pi`).
+        lr: Multiplies the step size, >= 0, for schedulers; the regret bound is for 1.
+        **switches: ``maximize``, ``foreach``, ``compile``, ``capturable``, ``differentiable``, ``decay_1d``,
+            ``state_dtype``, ``stochastic_rounding``.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+
+    State per parameter: ``step``, ``grad_sum``, ``previous_grad``, ``center``. With the first parameter: ``penalty``
+    (the sum in :math:`\eta`).
+
+    Source: Sachs et al., Between stochastic and adversarial online convex optimization (arXiv:2202.07554), Theorem 5.
+    """
+
+    state_spec: ClassVar = {"grad_sum": 0.0, "previous_grad": 0.0, "center": None}
+    shared_state: ClassVar = ("penalty",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        diameter: float = 1.0,
+        nu: float | None = None,
+        lipschitz: float = 0.0,
+        project: bool = True,
+        lr: float = 1.0,
+        **switches: Unpack[Switches],
+    ) -> None:
+        defaults = {"diameter": diameter, "nu": nu, "lipschitz": lipschitz, "project": project, "lr": lr}
+        super().__init__(params, defaults, **switches)
+
+    @override
+    def check(self, group: Group) -> None:
+        super().check(group)
+        if group["nu"] is not None and not 1e-10 <= group["nu"] <= 1e20:
+            raise ValueError(f"nu must be >= 1e-10 and at most 1e+20, got {group['nu']}")
+
+    @override
+    def hyper(self, group: Group, step: Any) -> Hyper:
+        return {}
+
+    @override
+    @staticmethod
+    def measure(p: Tensor, g: Tensor, s: State, h: Hyper) -> Tensor:
+        return torch.stack([(g - s["previous_grad"]).square().sum(), (s["grad_sum"] + 2.0 * g).square().sum()])
+
+    @override
+    def prologue(self, groups: list[Group], totals: list[Tensor]) -> list[dict[str, Tensor]]:
+        first, total = self.param_groups[0], self._total(totals)
+        diameter = first["diameter"]
+        nu = first["nu"]
+        if nu is None:
+            nu = max(2.0 * diameter * first["lipschitz"], 1e-10) if first["lipschitz"] > 0.0 else 1.0
+        penalty = self.shared(first, "penalty", 0.0)
+        grown = penalty + diameter**2 / (nu + penalty) * total[0]
+        self._replace(penalty=grown)
+        eta = diameter**2 / (nu + grown)
+        scalars = []
+        for group in groups:
+            step = first["lr"] * eta / 2
+            if group["project"]:
+                length = total[1].sqrt() * step
+                step = torch.where(length > diameter / 2, step * ratio(diameter / 2, length), step)
+            scalars.append({"step": step})
+        return scalars
+
+    @override
+    @staticmethod
+    def rule(p: Any, g: Any, s: State, h: Hyper) -> tuple[Any, State]:
+        grad_sum = s["grad_sum"] + g
+        new_p = axpy(axpy(s["center"], g, -h["step"]), grad_sum, -h["step"])
+        return new_p, {"grad_sum": grad_sum, "previous_grad": g}
+
+    @override
+    def stats(self) -> dict[str, float | Tensor]:
+        """``penalty``: the sum in the denominator of the step size."""
+        state = self.state[self.param_groups[0]["params"][0]]
+        return {"penalty": state["penalty"]} if "penalty" in state else {}
+
+
+def _square_scale(group: Group) -> float:
+    """``delta + 4 G^2`` in the denominator of the convex rule."""
+    delta = group["delta"]
+    if delta is None:
+        delta = 10.0 * group["diameter"] ** 2 * group["smoothness"] ** 2 or 1e-8
+    return float(delta + 4.0 * group["lipschitz"] ** 2)
+
+
+def _step_size(group: Group, rounds: Tensor, variation: Tensor) -> Tensor:
+    factor: Tensor = group["lr"] * torch.ones_like(variation)
+    if group["step_rule"] == "convex":
+        factor = factor * ratio(group["diameter"], (_square_scale(group) + variation).sqrt())
+    if group["step_rule"] == "strongly_convex":
+        factor = factor * 2.0 / (group["strong_convexity"] * rounds)
+    return factor
+
+
+def _ball(radius: float, eta: Tensor, yy: Tensor, yg: Tensor, gg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factor that brings ``y - eta * g`` into the ball, and its ``<y, y>`` and ``<y, g>`` afterwards."""
+    length = (yy - 2 * eta * yg + eta**2 * gg).clamp_min(0.0).sqrt()
+    factor = torch.where(length > radius, ratio(radius, length), torch.ones_like(length))
+    return factor, (factor * length) ** 2, factor * (yg - eta * gg)

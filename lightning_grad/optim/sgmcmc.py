@@ -1,0 +1,378 @@
+"""Stochastic-gradient Markov chain Monte Carlo: optimizers whose iterates are samples of the posterior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import override
+
+from lightning_grad.optim._base import Kind, RuleOptimizer, Switches
+from lightning_grad.optim._buckets import LOW_PRECISION, Unit
+from lightning_grad.optim._checks import check_non_negative
+from lightning_grad.optim._executors import Group, Hyper, Rule, State
+from lightning_grad.optim._math import Pool, axpy, ema_of_square, scale_add
+
+
+class _Langevin(RuleOptimizer):
+    """What the samplers share: temperature, size of the data set, and a random generator that is part of the state."""
+
+    noisy = True
+
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], seed: int | None, **switches: Unpack[Switches]
+    ) -> None:
+        self.seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63):
+            raise ValueError(f"seed must be an integer in [0, 2^63) or None, got {seed!r}")
+        super().__init__(params, defaults, **switches)
+
+    @override
+    def check(self, group: Group) -> None:
+        n_data = group["n_data"]
+        if isinstance(n_data, bool) or not isinstance(n_data, int) or n_data < 0:
+            raise ValueError(f"n_data must be an integer >= 0, got {n_data!r}")
+
+    def _noise(self, group: Group) -> Hyper:
+        """Flags and the standard deviation of the noise per unit of ``sqrt(2 * lr)``."""
+        noisy = bool(group["temperature"] > 0.0)
+        if noisy and not group["n_data"]:
+            raise ValueError(
+                "n_data must be set: the noise scale depends on the dataset size"
+                " (pass n_data=..., or add the callback BindDataSize)"
+            )
+        return {
+            "noisy": noisy, "heat": group["temperature"] / group["n_data"] if noisy else 0.0,
+            "decays": group["weight_decay"] != 0.0, "weight_decay": group["weight_decay"],
+        }  # fmt: skip
+
+    @override
+    def _check_rounding(self, group: Group) -> None:
+        super()._check_rounding(group)
+        if group["stochastic_rounding"] or not group["temperature"]:
+            return
+        for index, param in enumerate(group["params"]):
+            if param.grad is not None and param.dtype in LOW_PRECISION:
+                raise ValueError(
+                    f"{type(self).__name__} loses its noise in {param.dtype} (parameter {index}):"
+                    " use float32 parameters, or bfloat16 with stochastic_rounding=True"
+                )
+
+    @override
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The generator of a device, seeded by ``seed`` or else by the global seed; ``state_dict()`` has its state."""
+        if device not in self._generators:
+            generator = torch.Generator(device)
+            generator.manual_seed(torch.initial_seed() if self.seed is None else self.seed)
+            saved = self.state[self._first].pop(_key(device), None) if self._first in self.state else None
+            if saved is not None:
+                generator.set_state(saved.cpu())
+            self._generators[device] = generator
+        return self._generators[device]
+
+    @property
+    def _first(self) -> Tensor:
+        param: Tensor = self.param_groups[0]["params"][0]
+        return param
+
+    @override
+    def _is_shared(self, name: str) -> bool:
+        return name.startswith("generator_")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        saved = super().state_dict()
+        for device, generator in self._generators.items():
+            saved["state"].setdefault(0, {})[_key(device)] = generator.get_state()
+        return saved
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._generators = {}
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        states = {str(device): generator.get_state() for device, generator in self._generators.items()}
+        return {**super().__getstate__(), "seed": self.seed, "generator_states": states}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        states = state.pop("generator_states", {})
+        super().__setstate__(state)
+        if states or not hasattr(self, "_generators"):
+            self._generators = {}
+            for device, value in states.items():
+                self._generators[torch.device(device)] = torch.Generator(device)
+                self._generators[torch.device(device)].set_state(value)
+
+    @override
+    def stats(self) -> dict[str, float | Tensor]:
+        """``noise_std``: standard deviation of the noise of one step (before preconditioning), first group."""
+        group = self.param_groups[0]
+        return {"noise_std": math.sqrt(2.0 * float(group["lr"]) * group["temperature"] / max(group["n_data"], 1))}
+
+
+class SGLD(_Langevin):
+    r"""Stochastic-gradient Langevin dynamics: SGD plus noise that makes the iterates samples of the posterior.
+
+    .. math::
+        \theta \leftarrow \theta - \eta\, g + \sqrt{2 \eta \tau / N}\; \xi, \qquad \xi \sim \mathcal N(0, I)
+
+    The loss must be the **mean** negative log likelihood of the batch, and ``weight_decay`` the prior precision divided
+    by N; ``lr`` then compares with that of SGD.
+
+    Args:
+        params: Parameters or parameter groups, as for :class:`torch.optim.Optimizer`.
+        lr: Step size :math:`\eta`, >= 0.
+        n_data: Number of training samples N; 0: filled in by the callback ``BindDataSize``.
+        temperature: :math:`\tau`, >= 0; 1 is the posterior, 0 is SGD.
+        weight_decay: Adds ``weight_decay * p`` to the gradient, >= 0.
+        seed: Seed of the noise; ``None``: the global seed.
+        sphere: Keep every tensor (ndim >= 1, not zero) on the sphere of its initial norm.
+        **switches: ``maximize``, ``foreach``, ``compile``, ``capturable``, ``differentiable``, ``decay_1d``,
+            ``state_dtype``, ``stochastic_rounding``.
+
+    Raises:
+        ValueError: A hyperparameter is out of range, or (at the first step) ``n_data`` is not known.
+
+    State per parameter: ``step``; with ``sphere`` also ``radius``. In ``state_dict()``: the state of the generator.
+
+    Source: Welling and Teh (2011); Thaler et al., Scalable Bayesian uncertainty quantification for neural network
+    potentials (arXiv:2212.07959). The sphere: arXiv:2603.06028.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        n_data: int = 0,
+        temperature: float = 1.0,
+        weight_decay: float = 0.0,
+        seed: int | None = None,
+        sphere: bool = False,
+        **switches: Unpack[Switches],
+    ) -> None:
+        defaults = {
+            "lr": lr, "n_data": n_data, "temperature": temperature, "weight_decay": weight_decay, "sphere": sphere
+        }  # fmt: skip
+        super().__init__(params, defaults, seed, **switches)
+
+    @override
+    def check(self, group: Group) -> None:
+        super().check(group)
+        if not isinstance(group["sphere"], bool):
+            raise ValueError(f"sphere must be True or False, got {group['sphere']!r}")
+
+    @override
+    def kind_of(self, group: Group) -> Kind:
+        return "tensor" if group["sphere"] else "elementwise"
+
+    @override
+    def _is_shared(self, name: str) -> bool:
+        return super()._is_shared(name) or name == "radius"
+
+    @override
+    def hyper(self, group: Group, step: Any) -> Hyper:
+        h = self._noise(group)
+        return {**h, "lr": group["lr"], "std": (2.0 * group["lr"] * h["heat"]) ** 0.5, "sphere": group["sphere"]}
+
+    @override
+    def rule_for(self, param: Tensor, h: Hyper) -> Rule:
+        return lambda p, g, s, h: self.rule(p, g, s, self._on_sphere(param, h, p.dtype))
+
+    @override
+    def _run(self, group: Group, unit: Unit, h: Hyper, pool: Pool) -> None:
+        if not unit.listed:
+            h = self._on_sphere(unit.members[0].param, h, unit.compute_dtype)
+        super()._run(group, unit, h, pool)
+
+    def _on_sphere(self, param: Tensor, h: Hyper, dtype: torch.dtype) -> Hyper:
+        """Add the radius of the parameter's sphere, which is its norm when first seen."""
+        if not h["sphere"]:
+            return h
+        state = self.state[param]
+        if "radius" not in state:
+            value = param.detach()
+            state["radius"] = torch.linalg.vector_norm(
+                torch.view_as_real(value) if value.is_complex() else value.double()
+            )
+            self._remember()
+        return {**h, "radius": state["radius"].to(dtype), "sphere": param.ndim > 0}
+
+    @override
+    @staticmethod
+    def rule(p: Any, g: Any, s: State, h: Hyper) -> tuple[Any, State]:
+        if h["decays"]:
+            g = axpy(g, p, h["weight_decay"])
+        if not h["sphere"]:
+            p = axpy(p, g, -h["lr"])
+            return (axpy(p, s["noise"], h["std"]) if h["noisy"] else p), {}
+        step = -h["lr"] * g + (h["std"] * s["noise"] if h["noisy"] else 0.0)
+        square = (p * p).sum()
+        radial = (p * step).sum() / torch.where(square == 0, torch.ones_like(square), square)
+        free = h["radius"] == 0  # a tensor that starts at zero has no sphere
+        moved = p + step - p * torch.where(free, torch.zeros_like(radial), radial)
+        norm = (moved * moved).sum().sqrt()
+        stays = free | (norm == 0)
+        scale = torch.where(stays, torch.ones_like(norm), h["radius"] / torch.where(stays, torch.ones_like(norm), norm))
+        return moved * scale, {}
+
+
+class PSGLD(_Langevin):
+    r"""Langevin dynamics preconditioned by a running average of squared gradients, as RMSprop.
+
+    .. math::
+        V \leftarrow \alpha V + (1 - \alpha) g^2, \qquad Q = 1 / (\lambda + \sqrt V) \\
+        \theta \leftarrow \theta - \eta\, Q g + \sqrt{2 \eta \tau Q / N}\; \xi
+
+    The correction term for the change of Q is left out, as in the implementations in use; V starts at ``v_init``.
+
+    Args:
+        params: Parameters or parameter groups, as for :class:`torch.optim.Optimizer`.
+        lr: Step size :math:`\eta`, >= 0.
+        n_data: Number of training samples N; 0: filled in by the callback ``BindDataSize``.
+        temperature: :math:`\tau`, >= 0; 1 is the posterior, 0 is RMSprop.
+        weight_decay: Adds ``weight_decay * p`` to the gradient, >= 0.
+        seed: Seed of the noise; ``None``: the global seed.
+        alpha: Decay of the average, in [0, 1).
+        lam: :math:`\lambda`, >= 1e-12.
+        v_init: Initial V, >= 0; with 0 the first steps are up to :math:`1 / \sqrt{1 - \alpha}` times larger.
+        **switches: ``maximize``, ``foreach``, ``compile``, ``capturable``, ``differentiable``, ``decay_1d``,
+            ``state_dtype``, ``stochastic_rounding``.
+
+    Raises:
+        ValueError: A hyperparameter is out of range, or (at the first step) ``n_data`` is not known.
+
+    State per parameter: ``step``, ``square_avg``. In ``state_dict()``: the state of the generator.
+
+    Source: Li et al., Preconditioned stochastic gradient Langevin dynamics (arXiv:1512.07666).
+    """
+
+    state_spec: ClassVar = {"square_avg": 0.0}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        n_data: int = 0,
+        temperature: float = 1.0,
+        weight_decay: float = 0.0,
+        seed: int | None = None,
+        alpha: float = 0.99,
+        lam: float = 1e-5,
+        v_init: float = 0.0,
+        **switches: Unpack[Switches],
+    ) -> None:
+        defaults = {
+            "lr": lr, "n_data": n_data, "temperature": temperature, "weight_decay": weight_decay,
+            "alpha": alpha, "lam": lam, "v_init": v_init,
+        }  # fmt: skip
+        super().__init__(params, defaults, seed, **switches)
+
+    @override
+    def check(self, group: Group) -> None:
+        super().check(group)
+        if group["lam"] < 1e-12:
+            raise ValueError(f"lam must be >= 1e-12, got {group['lam']}")
+
+    @override
+    def state_names(self, group: Group) -> Mapping[str, float | None]:
+        return {"square_avg": group["v_init"]}
+
+    @override
+    def hyper(self, group: Group, step: Any) -> Hyper:
+        h = self._noise(group)
+        return {
+            **h, "lr": group["lr"], "std": (2.0 * group["lr"] * h["heat"]) ** 0.5,
+            "alpha": group["alpha"], "lam": group["lam"],
+        }  # fmt: skip
+
+    @override
+    @staticmethod
+    def rule(p: Any, g: Any, s: State, h: Hyper) -> tuple[Any, State]:
+        if h["decays"]:
+            g = axpy(g, p, h["weight_decay"])
+        v = ema_of_square(s["square_avg"], g, h["alpha"])
+        p = axpy(p, g / (v.sqrt() + h["lam"]), -h["lr"])
+        if h["noisy"]:
+            p = axpy(p, s["noise"] / (v.sqrt() + h["lam"]).sqrt(), h["std"])
+        return p, {"square_avg": v}
+
+
+class SGHMC(_Langevin):
+    r"""Stochastic-gradient Hamiltonian Monte Carlo: heavy-ball momentum plus noise that balances its friction.
+
+    .. math::
+        v \leftarrow (1 - f)\, v - \eta\, g + \sqrt{2 f \eta \tau / N}\; \xi, \qquad \theta \leftarrow \theta + v
+
+    Args:
+        params: Parameters or parameter groups, as for :class:`torch.optim.Optimizer`.
+        lr: Step size :math:`\eta`, >= 0.
+        n_data: Number of training samples N; 0: filled in by the callback ``BindDataSize``.
+        temperature: :math:`\tau`, >= 0; 1 is the posterior, 0 is SGD with momentum ``1 - friction``.
+        weight_decay: Adds ``weight_decay * p`` to the gradient, >= 0.
+        seed: Seed of the noise; ``None``: the global seed.
+        friction: f, in (0, 1].
+        **switches: ``maximize``, ``foreach``, ``compile``, ``capturable``, ``differentiable``, ``decay_1d``,
+            ``state_dtype``, ``stochastic_rounding``.
+
+    Raises:
+        ValueError: A hyperparameter is out of range, or (at the first step) ``n_data`` is not known.
+
+    State per parameter: ``step``, ``velocity``. In ``state_dict()``: the state of the generator.
+
+    Source: Chen, Fox and Guestrin, Stochastic gradient Hamiltonian Monte Carlo (arXiv:1402.4102), equation 15.
+    """
+
+    state_spec: ClassVar = {"velocity": 0.0}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        n_data: int = 0,
+        temperature: float = 1.0,
+        weight_decay: float = 0.0,
+        seed: int | None = None,
+        friction: float = 0.1,
+        **switches: Unpack[Switches],
+    ) -> None:
+        defaults = {
+            "lr": lr, "n_data": n_data, "temperature": temperature, "weight_decay": weight_decay, "friction": friction
+        }  # fmt: skip
+        super().__init__(params, defaults, seed, **switches)
+
+    @override
+    def check(self, group: Group) -> None:
+        super().check(group)
+        check_non_negative("friction", group["friction"])
+        if not 0.0 < group["friction"] <= 1.0:
+            raise ValueError(f"friction must lie in (0, 1], got {group['friction']}")
+
+    @override
+    def hyper(self, group: Group, step: Any) -> Hyper:
+        h = self._noise(group)
+        friction = group["friction"]
+        return {
+            **h, "lr": group["lr"], "std": (2.0 * friction * group["lr"] * h["heat"]) ** 0.5, "momentum": 1.0 - friction
+        }  # fmt: skip
+
+    @override
+    @staticmethod
+    def rule(p: Any, g: Any, s: State, h: Hyper) -> tuple[Any, State]:
+        if h["decays"]:
+            g = axpy(g, p, h["weight_decay"])
+        v = scale_add(s["velocity"], h["momentum"], g, -h["lr"])
+        if h["noisy"]:
+            v = scale_add(v, 1.0, s["noise"], h["std"])
+        return p + v, {"velocity": v}
+
+
+def _key(device: torch.device) -> str:
+    return f"generator_{device}"

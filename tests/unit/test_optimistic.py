@@ -1,0 +1,87 @@
+"""Oracles of the optimistic optimizers and NormalizedGD that the conformance suite does not cover."""
+
+import math
+
+import pytest
+import torch
+
+from lightning_grad.optim import NormalizedGD, OptimisticFTRL, OptimisticOMD
+
+
+def test_bilinear_game_converges_where_plain_gradients_diverge():
+    def play(make):
+        x, y = (torch.ones((), dtype=torch.float64, requires_grad=True) for _ in range(2))
+        players = [make([x], False), make([y], True)]
+        for _ in range(1000):
+            x.grad, y.grad = y.detach().clone(), x.detach().clone()
+            for player in players:
+                player.step()
+        return math.hypot(x.item(), y.item())
+
+    def optimistic(params, up):
+        return OptimisticOMD(params, lr=0.1, step_rule="constant", maximize=up)
+
+    def plain(params, up):
+        return torch.optim.SGD(params, lr=0.1, maximize=up)
+
+    assert play(optimistic) == pytest.approx(0.008961623801130482, rel=1e-10)
+    assert play(plain) == pytest.approx(204.73961823649915, rel=1e-10)
+
+
+def sequences(bound, dim, rounds):
+    """Gradient sequences of norm at most ``bound``, the third playing against the point."""
+    torch.manual_seed(0)
+    yield "random", lambda t, x: torch.nn.functional.normalize(torch.randn(dim, dtype=torch.float64), dim=0) * bound
+    yield "alternating", lambda t, x: torch.eye(dim, dtype=torch.float64)[0] * bound * (-1) ** t
+    yield "against", lambda t, x: x / x.norm().clamp_min(1e-12) * bound if t else torch.eye(dim).double()[0] * bound
+    yield "rotating", lambda t, x: bound * torch.tensor([math.cos(t), math.sin(t)] + [0.0] * (dim - 2)).double()
+
+
+@pytest.mark.parametrize("kind", ["ftrl", "omd"])
+def test_regret_is_bounded_for_every_sequence(kind):
+    bound, diameter, rounds, dim = 2.0, 3.0, 300, 4
+    for name, gradient in sequences(bound, dim, rounds):
+        x = torch.zeros(dim, dtype=torch.float64, requires_grad=True)
+        if kind == "ftrl":
+            optimizer = OptimisticFTRL([x], diameter=diameter, lipschitz=bound)
+        else:
+            optimizer = OptimisticOMD([x], diameter=diameter, lipschitz=bound, project=True)
+        paid, total = 0.0, torch.zeros(dim, dtype=torch.float64)
+        for t in range(rounds):
+            g = gradient(t, x.detach())
+            paid += (g * x.detach()).sum().item()
+            total += g
+            x.grad = g.clone()
+            optimizer.step()
+            assert x.norm() <= diameter / 2 + 1e-9
+        regret = paid + diameter / 2 * total.norm().item()  # the best fixed point is -D/2 along the sum
+        if kind == "ftrl":
+            limit = 3 * math.sqrt(2) * diameter * bound * math.sqrt(rounds) + 4 * diameter * bound
+        else:
+            limit = 1.5 * diameter * math.sqrt(4 * bound**2 + optimizer.stats()["variation"].item() ** 2)
+        assert regret <= limit, name
+
+
+def test_constant_gradient_has_no_variation_after_the_first():
+    x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = OptimisticOMD([x])
+    for _ in range(5):
+        x.grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
+        optimizer.step()
+    assert optimizer.stats()["variation"] == pytest.approx(5.0)
+    assert x.norm() < 100  # without a scale the first step uses the first gradient, not delta = 1e-8
+
+
+@pytest.mark.parametrize(("lr", "expected"), [(0.1, 286), (1.0, 104), (10.0, 2), (100.0, 2)])
+def test_normalized_gd_separates_the_toy_set(lr, expected):
+    # nine copies of (1, 0) and one (-0.9, 0.1); labels folded in; steps until all margins are positive
+    data = torch.tensor([[1.0, 0.0]] * 9 + [[-0.9, 0.1]], dtype=torch.float64)
+    w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = NormalizedGD([w], lr=lr)
+    steps = 0
+    while steps < 400 and not (data @ w.detach() > 0).all():
+        steps += 1
+        optimizer.zero_grad()
+        torch.nn.functional.softplus(-data @ w).mean().backward()
+        optimizer.step()
+    assert steps == expected
