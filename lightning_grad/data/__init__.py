@@ -1,5 +1,6 @@
 """Samplers and loaders whose position survives a restart."""
 
+from lightning_grad.data.adaptive import AdaptiveBatchSampler, AdaptiveDataLoader, DrawnOrderSampler, MicroBatch
 from lightning_grad.data.resumable import (
     PositionedBatchSampler,
     ResumableBatchSampler,
@@ -9,6 +10,10 @@ from lightning_grad.data.resumable import (
 )
 
 __all__ = [
+    "AdaptiveBatchSampler",
+    "AdaptiveDataLoader",
+    "DrawnOrderSampler",
+    "MicroBatch",
     "PositionedBatchSampler",
     "ResumableBatchSampler",
     "ResumableDataLoader",
