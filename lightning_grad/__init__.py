@@ -3,9 +3,15 @@
 Importing this package makes the bare class names below usable in LightningCLI YAML.
 """
 
-from lightning_grad.callbacks import NVFP4Monitor, NVFP4PrecisionSwitch, OptimizerStats, RandomStateCheckpoint
+from lightning_grad.callbacks import (
+    BatchSizeLRScaler,
+    NVFP4Monitor,
+    NVFP4PrecisionSwitch,
+    OptimizerStats,
+    RandomStateCheckpoint,
+)
 from lightning_grad.checkpoint_io import ChecksumCheckpointIO
-from lightning_grad.data import ResumableDataLoader, ResumableSampler
+from lightning_grad.data import AdaptiveDataLoader, ResumableDataLoader, ResumableSampler
 from lightning_grad.optim import (
     PSGLD,
     SGDP,
@@ -18,6 +24,7 @@ from lightning_grad.optim import (
     OptimisticAdam,
     OptimisticFTRL,
     OptimisticOMD,
+    SamplesLR,
 )
 from lightning_grad.optim.groups import param_groups
 from lightning_grad.precision import NVFP4FSDPPrecision, NVFP4Precision
@@ -32,6 +39,8 @@ __all__ = [
     "SGLD",
     "AdaGradNorm",
     "AdamP",
+    "AdaptiveDataLoader",
+    "BatchSizeLRScaler",
     "ChecksumCheckpointIO",
     "DiffGrad",
     "ElasticSPSAStrategy",
@@ -47,6 +56,7 @@ __all__ = [
     "RandomStateCheckpoint",
     "ResumableDataLoader",
     "ResumableSampler",
+    "SamplesLR",
     "SharedSeedSPSAStrategy",
     "__version__",
     "param_groups",

@@ -1,8 +1,15 @@
 """Lightning callbacks, one file each."""
 
+from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
 from lightning_grad.callbacks.nvfp4_monitor import NVFP4Monitor
 from lightning_grad.callbacks.nvfp4_switch import NVFP4PrecisionSwitch
 from lightning_grad.callbacks.optimizer_stats import OptimizerStats
 from lightning_grad.callbacks.random_state import RandomStateCheckpoint
 
-__all__ = ["NVFP4Monitor", "NVFP4PrecisionSwitch", "OptimizerStats", "RandomStateCheckpoint"]
+__all__ = [
+    "BatchSizeLRScaler",
+    "NVFP4Monitor",
+    "NVFP4PrecisionSwitch",
+    "OptimizerStats",
+    "RandomStateCheckpoint",
+]

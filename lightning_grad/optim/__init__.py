@@ -1,4 +1,4 @@
-"""Optimizers: each one update rule, with the full contract of ``torch.optim``."""
+"""Optimizers: each one update rule, with the full contract of ``torch.optim``; and schedules."""
 
 from lightning_grad.optim.adagrad_norm import AdaGradNorm
 from lightning_grad.optim.adamp import AdamP
@@ -6,6 +6,7 @@ from lightning_grad.optim.diffgrad import DiffGrad
 from lightning_grad.optim.normalized_gd import NormalizedGD
 from lightning_grad.optim.optimistic import OptimisticFTRL, OptimisticOMD
 from lightning_grad.optim.optimistic_adam import OptimisticAdam
+from lightning_grad.optim.samples_lr import SamplesLR
 from lightning_grad.optim.sgdp import SGDP
 from lightning_grad.optim.sgmcmc import PSGLD, SGHMC, SGLD
 
@@ -22,3 +23,4 @@ __all__ = [
     "OptimisticFTRL",
     "OptimisticOMD",
 ]
+__all__ = ["SGDP", "AdaGradNorm", "AdamP", "DiffGrad", "SamplesLR"]
