@@ -229,13 +229,17 @@ def follow(command):
 def call(*command, cwd=None):
     """Run a command, by default in the repository root, and return its exit status."""
     say("$ " + " ".join(os.path.relpath(part, ROOT) if part.startswith(ROOT) else part for part in command))
+    # two libraries' notes that a reader of this output can do nothing about
     environment = dict(os.environ, NO_MKDOCS_2_WARNING="1")
+    environment.setdefault("PYTHONWARNINGS", "ignore:`isinstance(treespec")
     return subprocess.run(list(command), cwd=cwd or ROOT, env=environment).returncode
 
 
 def demo(options, rest):
     environment(EXTRAS["demo"])
-    say("\nTraining a small GPT on the source text of Python's standard library, on CPU. The first step takes a while.")
+    say("\nTraining a small GPT on the source text of Python's standard library, on one CPU core.")
+    # One thread: the model is small, and threads that wait for each other on a busy machine cost many times the work.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     status = call(in_venv("python"), "-m", "lightning_grad", "fit", "-c", QUICKSTART, *rest)
     if not status:  # the run itself has printed the validation loss and how to open its curves
         say(f"settings: {QUICKSTART}; change a value and run the demo again. Documentation: python3 run.py docs")
