@@ -4,7 +4,14 @@ Importing this package makes the bare class names below usable in LightningCLI Y
 """
 
 from lightning_grad.callbacks import (
+    CABS,
+    AdaptiveBatchSize,
+    AugmentedInnerProductTest,
     BatchSizeLRScaler,
+    CoordinateNormTest,
+    InnerProductTest,
+    NoiseScale,
+    NormTest,
     NVFP4Monitor,
     NVFP4PrecisionSwitch,
     OptimizerStats,
@@ -33,21 +40,28 @@ from lightning_grad.strategies import ElasticSPSAStrategy, SharedSeedSPSAStrateg
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "CABS",
     "PSGLD",
     "SGDP",
     "SGHMC",
     "SGLD",
     "AdaGradNorm",
     "AdamP",
+    "AdaptiveBatchSize",
     "AdaptiveDataLoader",
+    "AugmentedInnerProductTest",
     "BatchSizeLRScaler",
     "ChecksumCheckpointIO",
+    "CoordinateNormTest",
     "DiffGrad",
     "ElasticSPSAStrategy",
+    "InnerProductTest",
     "NVFP4FSDPPrecision",
     "NVFP4Monitor",
     "NVFP4Precision",
     "NVFP4PrecisionSwitch",
+    "NoiseScale",
+    "NormTest",
     "NormalizedGD",
     "OptimisticAdam",
     "OptimisticFTRL",

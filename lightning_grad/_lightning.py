@@ -6,10 +6,13 @@ Lightning renames one.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import lightning
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 OLDEST = (2, 6, 4)
 BELOW = (3,)
@@ -26,11 +29,21 @@ class Private(NamedTuple):
     """Why no public attribute will do."""
 
 
+_LENGTH_LACKS = "the number of batches of a running epoch; public attributes are read at its start only"
+
 PRIVATE = (
     Private(
         "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
         "_batches_that_stepped",
         "the step axis of logged values; the public `global_step` counts every optimizer of a manual loop",
+    ),
+    Private("lightning.pytorch.loops.fit_loop._FitLoop", "_data_source", "where the train loader comes from"),
+    Private("lightning.pytorch.loops.fit_loop._FitLoop", "_data_fetcher", _LENGTH_LACKS),
+    Private("lightning.pytorch.loops.fit_loop._FitLoop", "_combined_loader", _LENGTH_LACKS),
+    Private(
+        "lightning.pytorch.callbacks.TQDMProgressBar",
+        "_train_progress_bar",
+        "the total of the bar; the public property raises before there is one",
     ),
 )
 
@@ -72,6 +85,72 @@ def refuse_twin(trainer: Any) -> None:
 def logging_step(trainer: pl.Trainer) -> int:
     """The step that values logged with ``self.log`` carry, for values logged past it (figures, histograms)."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def missing_for_variable_length(trainer: pl.Trainer) -> str | None:
+    """Name of a private attribute that :func:`wrap_train_dataloader` or :func:`set_epoch_length` lacks, else None."""
+    loop = trainer.fit_loop
+    wanted = (
+        *((loop, f"fit_loop.{name}") for name in ("_data_source", "_data_fetcher", "_combined_loader", "max_batches")),
+        (getattr(loop, "_data_source", None), "fit_loop._data_source.instance"),
+        (trainer, "trainer.val_check_batch"),
+    )
+    return next((path for owner, path in wanted if not hasattr(owner, path.rpartition(".")[2])), None)
+
+
+def wrap_train_dataloader(trainer: pl.Trainer, convert: Callable[[Any], Any]) -> Callable[[], None]:
+    """Let ``convert`` change what the train-dataloader hook returns, or the loader given to ``fit``.
+
+    Returns:
+        A function that undoes it.
+    """
+    source = trainer.fit_loop._data_source
+    instance = source.instance
+    if not isinstance(instance, pl.LightningModule | pl.LightningDataModule):
+        source.instance = convert(instance)
+
+        def undo_loader() -> None:
+            source.instance = instance
+
+        return undo_loader
+    hook = instance.train_dataloader
+    own = instance.__dict__.get("train_dataloader")
+
+    @functools.wraps(hook)
+    def train_dataloader() -> Any:
+        return convert(hook())
+
+    instance.__dict__["train_dataloader"] = train_dataloader
+
+    def undo_hook() -> None:
+        if own is None:
+            instance.__dict__.pop("train_dataloader", None)
+        else:
+            instance.__dict__["train_dataloader"] = own
+
+    return undo_hook
+
+
+def set_epoch_length(trainer: pl.Trainer, batches: int) -> None:
+    """Tell a running fit that its epoch has ``batches`` batches in all: loop, fetcher and progress bar."""
+    loop = trainer.fit_loop
+    limit = trainer.limit_train_batches
+    if isinstance(limit, int) and not isinstance(limit, bool):
+        batches = min(batches, limit)
+    loop.max_batches = batches
+    fetcher = loop._data_fetcher
+    if fetcher is not None and fetcher.length is not None:
+        fetcher.length = batches
+        fetcher.done = fetcher.fetched >= batches
+    if loop._combined_loader is not None:
+        loop._combined_loader.limits = [limit if isinstance(limit, int) else float("inf")]
+    bar = trainer.progress_bar_callback
+    if not trainer.training:
+        return
+    if isinstance(bar, TQDMProgressBar) and bar._train_progress_bar is not None:
+        bar._train_progress_bar.total = batches
+    elif isinstance(bar, RichProgressBar) and bar.progress is not None and bar.train_progress_bar_id is not None:
+        bar.progress.update(bar.train_progress_bar_id, total=batches)
 
 
 check_version()

@@ -1,5 +1,15 @@
 """Lightning callbacks, one file each."""
 
+from lightning_grad.allocation.batch_size import (
+    CABS,
+    AugmentedInnerProductTest,
+    CoordinateNormTest,
+    Criterion,
+    InnerProductTest,
+    NoiseScale,
+    NormTest,
+)
+from lightning_grad.callbacks.adaptive_batch_size import AdaptiveBatchSize
 from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
 from lightning_grad.callbacks.nvfp4_monitor import NVFP4Monitor
 from lightning_grad.callbacks.nvfp4_switch import NVFP4PrecisionSwitch
@@ -7,9 +17,17 @@ from lightning_grad.callbacks.optimizer_stats import OptimizerStats
 from lightning_grad.callbacks.random_state import RandomStateCheckpoint
 
 __all__ = [
+    "CABS",
+    "AdaptiveBatchSize",
+    "AugmentedInnerProductTest",
     "BatchSizeLRScaler",
+    "CoordinateNormTest",
+    "Criterion",
+    "InnerProductTest",
     "NVFP4Monitor",
     "NVFP4PrecisionSwitch",
+    "NoiseScale",
+    "NormTest",
     "OptimizerStats",
     "RandomStateCheckpoint",
 ]

@@ -224,6 +224,10 @@ class AdaptiveBatchSampler(PositionedBatchSampler[MicroBatch]):
         """Let ``len()`` speak of the coming epoch although a state saved at the end of an epoch was loaded."""
         self._held_length = None
 
+    def continue_from(self, other: AdaptiveBatchSampler) -> None:
+        """Take over the plan and the pending change of the sampler this one replaces."""
+        self._course = other._newest.fresh(-1)
+
     def _next_course(self) -> _Course:
         """What an iteration that starts now would do."""
         epoch, saved = self.sampler.epoch, self._resume

@@ -165,21 +165,22 @@ class LeafGradients:
 
     Args:
         params: Named leaf tensors to watch.
-        elements: Also keep the sum of squares of each coordinate (one buffer of the size of the parameters).
-        copies: Also keep the gradients themselves, for inner products (one copy of the parameters per pass).
     """
 
-    def __init__(self, params: Mapping[str, Tensor], *, elements: bool = False, copies: bool = False) -> None:
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
         self.params = dict(params)
-        self.active = False
-        self._elements, self._copies = elements, copies
         self._handles = [p.register_hook(self._hook(i)) for i, p in enumerate(self.params.values()) if p.requires_grad]
         self.start()
         self.active = False
 
-    def start(self) -> None:
-        """Forget everything and watch the coming backward passes."""
-        self.active = True
+    def start(self, *, elements: bool = False, copies: bool = False) -> None:
+        """Forget everything and watch the coming backward passes.
+
+        Args:
+            elements: Also keep the sum of squares of each coordinate (one buffer of the size of the parameters).
+            copies: Also keep the gradients themselves, for inner products (one copy of the parameters per pass).
+        """
+        self.active, self._elements, self._copies = True, elements, copies
         self.passes = 0
         self._norms: list[list[Tensor]] = [[] for _ in self.params]
         self._sums: list[Tensor | None] = [None] * len(self.params)

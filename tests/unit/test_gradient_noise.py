@@ -153,12 +153,12 @@ def test_leaf_hooks_see_each_micro_batch_whole_and_keep_no_copies():
 def test_leaf_copies_give_inner_products_and_elements():
     net = Net().double()
     params = dict(net.named_parameters())
-    leaves = LeafGradients(params, copies=True, elements=True)
-    leaves.start()
+    leaves = LeafGradients(params)
+    leaves.start(copies=True, elements=True)
     x = torch.randn(3, 6, 5, dtype=torch.float64)
     separate = [torch.autograd.grad(net(part).sum(), list(params.values())) for part in x]
     rows = [torch.cat([g.reshape(-1) for g in grads]) for grads in separate]
-    leaves.start()
+    leaves.start(copies=True, elements=True)
     for part in x:
         net(part).sum().backward()
         leaves.next_pass()

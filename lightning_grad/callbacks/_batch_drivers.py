@@ -1,0 +1,321 @@
+"""Three ways to carry out a batch plan in a running Trainer: change the loader, change accumulation, or only watch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
+
+from lightning_grad._lightning import set_epoch_length, wrap_train_dataloader
+from lightning_grad.allocation.batch_size import BatchPlan
+from lightning_grad.data.adaptive import AdaptiveDataLoader, MicroBatch, check_power_of_two
+from lightning_grad.statistics.collector import samples_in
+
+
+class WatchDriver:
+    """Count samples and micro-batches of a run whose batch size is somebody else's business."""
+
+    changes_loader = False
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.world = trainer.world_size
+        self.micro = 0
+        self.accumulate = trainer.accumulate_grad_batches
+        self.parts = 0
+        self.step_samples = 0
+        self.population: int | None = None  # samples in the data set, if known
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The plan of the present step."""
+        return BatchPlan(max(1, self.micro), self.accumulate, self.world)
+
+    def attach(self, trainer: pl.Trainer) -> None:
+        """Before the loader exists."""
+
+    def start(self, trainer: pl.Trainer) -> None:
+        """The loader exists, nothing is trained yet."""
+        loader: Any = trainer.train_dataloader
+        if isinstance(getattr(loader, "batch_size", None), int):
+            self.micro = loader.batch_size
+        try:
+            self.population = len(loader.dataset)
+        except (AttributeError, TypeError):
+            self.population = None
+
+    def start_epoch(self, trainer: pl.Trainer) -> None:
+        """A new epoch begins."""
+
+    def start_batch(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> bool:
+        """A micro-batch begins; returns whether it is the first of an optimizer step."""
+        self.accumulate = trainer.accumulate_grad_batches
+        part = batch_idx % self.accumulate
+        if part == 0:
+            self.parts, self.step_samples = 0, 0
+        samples = samples_in(batch)
+        self.micro = max(self.micro, samples)
+        self.parts += 1
+        self.step_samples += samples * self.world
+        return part == 0
+
+    def expected_seen(self, samples: int) -> int:
+        """Samples seen once the present step is done."""
+        return samples + self.plan.batch_size
+
+    @property
+    def gradient_correction(self) -> float:
+        """Factor that makes ``.grad`` the mean over the micro-batches of the window that were seen."""
+        return self.accumulate / self.parts
+
+    def request(self, plan: BatchPlan) -> None:
+        """Change the plan as soon as that is safe."""
+
+    def plan_for(self, target: int, settings: PlanSettings) -> BatchPlan:
+        """The plan for a batch of ``target`` samples."""
+        return self.plan
+
+    def end_batch(self, trainer: pl.Trainer, batch_idx: int, stepped: bool) -> None:
+        """A micro-batch is done."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+
+    def detach(self, trainer: pl.Trainer) -> None:
+        """Undo what :meth:`attach` did."""
+
+
+class PlanSettings:
+    """Limits of the plans, as the user gave them; ``None`` is filled in from the first plan."""
+
+    def __init__(
+        self, max_batch: int, max_micro: int | None, min_accumulate: int, round_to: int, quantize: Any
+    ) -> None:
+        self.max_batch, self.max_micro = max_batch, max_micro
+        self.min_accumulate, self.round_to, self.quantize = min_accumulate, round_to, quantize
+
+    def plan(self, target: int, world: int, population: int | None) -> BatchPlan:
+        """Micro-batch first, then accumulation."""
+        assert self.max_micro is not None
+        cap = self.max_batch if population is None else min(self.max_batch, population)
+        return BatchPlan.from_target(
+            min(target, cap), world, self.max_micro, self.round_to, self.min_accumulate, cap, self.quantize
+        )
+
+
+class AccumulateDriver(WatchDriver):
+    """Change ``trainer.accumulate_grad_batches`` only: public API, any loader."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        super().__init__(trainer)
+        self._initial = trainer.accumulate_grad_batches
+        check_power_of_two("accumulate_grad_batches", self._initial)
+        self._wanted: int | None = None
+        self._resumed: int | None = None
+
+    def start(self, trainer: pl.Trainer) -> None:
+        super().start(trainer)
+        if self._resumed is not None:
+            trainer.accumulate_grad_batches = self.accumulate = self._resumed
+
+    def plan_for(self, target: int, settings: PlanSettings) -> BatchPlan:
+        k = max(settings.min_accumulate, 1)
+        step = self.world * max(1, self.micro)
+        while step * k < target and step * 2 * k <= settings.max_batch:
+            k *= 2
+        return BatchPlan(max(1, self.micro), k, self.world)
+
+    def request(self, plan: BatchPlan) -> None:
+        self._wanted = None if plan.accumulate == self.accumulate else plan.accumulate
+
+    def start_epoch(self, trainer: pl.Trainer) -> None:
+        self._adopt(trainer)
+
+    def end_batch(self, trainer: pl.Trainer, batch_idx: int, stepped: bool) -> None:
+        if stepped and self._wanted is not None and (batch_idx + 1) % self._wanted == 0:
+            self._adopt(trainer)
+
+    def _adopt(self, trainer: pl.Trainer) -> None:
+        if self._wanted is not None:
+            trainer.accumulate_grad_batches = self.accumulate = self._wanted
+            self._wanted = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"accumulate": self.accumulate, "wanted": self._wanted, "micro": self.micro}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed, self._wanted = state_dict["accumulate"], state_dict["wanted"]
+        self.micro = state_dict["micro"]
+
+    def detach(self, trainer: pl.Trainer) -> None:
+        trainer.accumulate_grad_batches = self._initial
+
+
+class SamplerDriver(WatchDriver):
+    """Replace the train loader by an :class:`AdaptiveDataLoader` and drive it."""
+
+    changes_loader = True
+
+    def __init__(self, trainer: pl.Trainer, settings: PlanSettings, seed: int) -> None:
+        super().__init__(trainer)
+        self._initial = check_power_of_two("accumulate_grad_batches", trainer.accumulate_grad_batches)
+        self.settings, self.seed = settings, seed
+        self.loader: AdaptiveDataLoader[Any] | None = None
+        self._undo: Callable[[], None] | None = None
+        self._state: dict[str, Any] | None = None
+        self._consumed: MicroBatch | None = None
+        self.on_loader: Callable[[BatchPlan], None] = lambda plan: None
+        self.on_refused: Callable[[TypeError], None] | None = None
+
+    def attach(self, trainer: pl.Trainer) -> None:
+        self._undo = wrap_train_dataloader(trainer, self._convert)
+
+    def _convert(self, loader: Any) -> Any:
+        if isinstance(loader, AdaptiveDataLoader):
+            adaptive = loader
+        elif isinstance(loader, DataLoader):
+            try:
+                adaptive = AdaptiveDataLoader.from_dataloader(loader, self._initial, self.seed)
+            except TypeError as error:
+                if self.on_refused is None:
+                    raise
+                self.on_refused(error)
+                return loader
+        else:
+            raise MisconfigurationException(
+                "AdaptiveBatchSize changes the batches of one DataLoader; the train loader is a"
+                f" {type(loader).__name__}. With several loaders use"
+                " GradientAccumulationScheduler, or combine the data sets."
+            )
+        if self.loader is not None and self.loader is not adaptive:
+            if len(self.loader.dataset) != len(adaptive.dataset):  # type: ignore[arg-type]
+                raise MisconfigurationException(
+                    "reload_dataloaders_every_n_epochs with a data set of another length does not work with"
+                    " AdaptiveBatchSize(mode='sampler'): use mode='accumulate'."
+                )
+            adaptive.adaptive.continue_from(self.loader.adaptive)
+        first = self.loader is None
+        self.loader = adaptive
+        sampler = adaptive.adaptive
+        if first:
+            self.on_loader(BatchPlan(sampler.batch_size, sampler.accumulate, self.world))
+            plan = self._first_plan(sampler.batch_size, sampler.accumulate)
+            if plan is not None:
+                sampler.request(plan.micro, plan.accumulate)
+            if self._state is not None:
+                adaptive.load_state_dict(self._state)
+        return adaptive
+
+    def _first_plan(self, micro: int, accumulate: int) -> BatchPlan | None:
+        if accumulate >= self.settings.min_accumulate:
+            return None
+        return self.settings.plan(micro * accumulate * self.world, self.world, self._data_length())
+
+    def _data_length(self) -> int:
+        assert self.loader is not None
+        return self.loader.adaptive.sampler.dataset_size
+
+    def start(self, trainer: pl.Trainer) -> None:
+        assert self.loader is not None
+        self.population = self._data_length()
+        if self._state is not None:
+            # once more: Lightning drops the position when estimated_stepping_batches was read (its issue 20550)
+            self.loader.load_state_dict(self._state)
+            trainer.accumulate_grad_batches = self._state["accumulate"]
+            self._state = None
+        self.sync_length(trainer)
+
+    def start_epoch(self, trainer: pl.Trainer) -> None:
+        assert self.loader is not None
+        self.loader.adaptive.release_length()
+        self.sync_length(trainer)
+
+    def sync_length(self, trainer: pl.Trainer) -> None:
+        """Keep Lightning's idea of the epoch equal to the loader's."""
+        assert self.loader is not None
+        n = len(self.loader)
+        set_epoch_length(trainer, n)
+        if trainer.training:
+            set_validation(trainer, n, self.loader.current, self._data_length())
+
+    def start_batch(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> bool:
+        assert self.loader is not None
+        where = self.loader.current
+        if where.index != batch_idx:
+            raise RuntimeError(
+                f"AdaptiveBatchSize: the Trainer is at batch {batch_idx}, the loader at {where.index}; was the loader"
+                " iterated elsewhere?"
+            )
+        trainer.accumulate_grad_batches = self.accumulate = where.accumulate
+        self.micro = where.micro
+        if where.part == 0:
+            self.parts = 0
+        self.parts += 1
+        self.step_samples = where.step_size
+        self._now = where
+        return where.part == 0
+
+    def expected_seen(self, samples: int) -> int:
+        return samples + self._now.step_size
+
+    def plan_for(self, target: int, settings: PlanSettings) -> BatchPlan:
+        return settings.plan(target, self.world, self.population)
+
+    def request(self, plan: BatchPlan) -> None:
+        assert self.loader is not None
+        self.loader.request(plan.micro, plan.accumulate)
+
+    def end_batch(self, trainer: pl.Trainer, batch_idx: int, stepped: bool) -> None:
+        assert self.loader is not None
+        self._consumed = self._now
+        self.sync_length(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.loader is None:
+            return {} if self._state is None else dict(self._state)
+        if self._consumed is None:
+            return self.loader.state_dict()
+        return self.loader.adaptive.state_dict(self._consumed)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict or None
+
+    def detach(self, trainer: pl.Trainer) -> None:
+        trainer.accumulate_grad_batches = self._initial
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+
+def set_validation(trainer: pl.Trainer, batches: int, where: MicroBatch, population: int) -> None:
+    """Set the batch number at which Lightning validates, for an epoch of ``batches`` batches.
+
+    Lightning validates when the number of batches done is a multiple of ``val_check_batch``. An interval that is a
+    fraction is met by samples, because the batches of an epoch need not be equal.
+    """
+    interval = trainer.val_check_interval
+    if isinstance(interval, float) and interval < 1.0:
+        done = where.index + 1
+        before = where.step_start + where.step_size * where.part // max(1, where.accumulate)
+        after = where.step_start + where.step_size * (where.part + 1) // max(1, where.accumulate)
+        steps = [int(samples / population / interval + 1e-9) for samples in (before, after)]
+        trainer.val_check_batch = max(1, done) if steps[1] > steps[0] else done + 1
+    elif isinstance(interval, float):
+        trainer.val_check_batch = batches
+    elif isinstance(interval, int) and trainer.check_val_every_n_epoch is not None:
+        trainer.val_check_batch = min(interval, batches)
+
+
+@torch.no_grad()
+def rescale_gradients(params: list[torch.nn.Parameter], factor: float) -> None:
+    """Multiply the gradients that exist by ``factor``."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if grads and factor != 1.0:
+        torch._foreach_mul_(grads, factor)

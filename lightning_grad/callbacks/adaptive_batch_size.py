@@ -1,0 +1,626 @@
+"""The batch size follows the gradient noise, inside a running Trainer."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import override
+
+from lightning_grad._lightning import missing_for_variable_length, refuse_twin
+from lightning_grad._validate import check_choice, check_int
+from lightning_grad.allocation.batch_size import (
+    BatchPlan,
+    BatchSizeController,
+    Criterion,
+    Decision,
+    NormTest,
+)
+from lightning_grad.callbacks._batch_drivers import (
+    AccumulateDriver,
+    PlanSettings,
+    SamplerDriver,
+    WatchDriver,
+    rescale_gradients,
+)
+from lightning_grad.callbacks._step_loss import step_loss
+from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts, log_scalars
+from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
+from lightning_grad.data.adaptive import check_power_of_two
+from lightning_grad.optim.samples_lr import SamplesLR
+from lightning_grad.statistics.collector import Estimator, NoiseCollector, samples_in
+from lightning_grad.statistics.ghost import UnsupportedLayerError, is_norm_layer
+
+_AUTO_INTERVAL: dict[str, int] = {"micro_batch": 1, "ghost": 8, "vmap": 40}
+_MAX_COPIES = 4
+_PAPER: dict[str, Any] = {
+    "test_interval": 1,
+    "ema": 0.0,
+    "max_growth": None,
+    "min_change": 1.0,
+    "denominator": "biased",
+    "allow_decrease": False,
+}
+
+
+class AdaptiveBatchSize(TensorBoardCharts):
+    r"""Grow the batch when the gradient is noise-dominated, as told by a test on the gradient itself.
+
+    A batch of :math:`B = W k m` samples (W processes, accumulation k, micro-batch m) is enough while the noise of its
+    gradient is small against the gradient; see :class:`NormTest` and the other criteria. First the micro-batch grows,
+    up to ``max_micro_batch_size``, then accumulation in powers of two. Every sample is used once an epoch, validation
+    and schedulers run as often as they should, and a resumed run repeats the uninterrupted one bit for bit.
+
+    Args:
+        max_batch_size: Largest B.
+        criterion: The test, or a :class:`Criterion` of your own.
+        estimator: ``"micro_batch"`` compares the micro-batches of a step (needs W k >= 2), ``"ghost"`` reads per-sample
+            norms off Linear, ConvNd, Embedding and norm layers, ``"vmap"`` differentiates each sample. ``"auto"``:
+            micro-batches where there are two, else ghost, else it splits the batch in two.
+        scope: Parameters to measure: ``"all"``, ``"norm_layers"`` (weights of norm layers, a proxy), or name patterns.
+        mode: ``"sampler"`` changes the loader's batch, then accumulation; ``"accumulate"`` only the latter (any
+            loader); ``"monitor"`` measures only; ``"auto"`` is ``"sampler"`` where the loader allows it.
+        min_batch_size: Smallest B; default the first.
+        max_micro_batch_size: Largest m; default the first, so that only k grows.
+        min_accumulate: Smallest k, a power of two.
+        round_to: m is a multiple of this.
+        quantize: ``"pow2"`` restricts m to ``round_to`` times powers of two (compiled models).
+        test_interval: Optimizer steps between tests; ``"auto"`` is 1 for micro-batches, 8 for ghost, 40 for vmap.
+        warmup_steps: Optimizer steps before the first test.
+        ema: Decay of the averages of variance and gradient norm, in [0, 1).
+        denominator: ``"unbiased"`` or ``"biased"`` (the paper's) squared gradient norm.
+        finite_population: Count that an epoch draws without replacement.
+        allow_decrease: Let B shrink. Without it B ratchets up under noise.
+        max_growth: Largest factor of one change, > 1; None for no limit.
+        min_change: Smallest factor worth a change, >= 1.
+        lr_scaler: Lets the learning rate follow B.
+        preset: ``"paper"`` sets what AdAdaGrad uses: every step tested alone, biased denominator, no limits.
+        monitor_only: The same as ``mode="monitor"``.
+        max_samples: Stop training after so many samples.
+        log_vs_samples: Also log ``samples/batch_size`` and ``samples/train_loss`` with samples seen as the step.
+        seed: Seed of the sample order in ``"sampler"`` mode.
+        log: Log at all.
+
+    Raises:
+        ValueError: An argument is out of range, or ``max_batch_size`` is below the first batch.
+        MisconfigurationException: A Trainer setting this cannot work with; the text names the alternative.
+
+    State: the controller's averages, samples seen, tests, steps, the scaler's state, and the loader's position.
+
+    Source: Lau, Liu, Kolar, AdAdaGrad (arXiv:2402.11215). Differs from it by default: averages over tests, unbiased
+    denominator, growth at most 2x a test; ``preset="paper"`` goes back.
+    """
+
+    def __init__(
+        self,
+        max_batch_size: int,
+        criterion: Criterion | None = None,
+        estimator: Literal["auto", "micro_batch", "ghost", "vmap"] = "auto",
+        scope: Literal["all", "norm_layers"] | list[str] = "all",
+        mode: Literal["auto", "accumulate", "sampler", "monitor"] = "auto",
+        min_batch_size: int | None = None,
+        max_micro_batch_size: int | None = None,
+        min_accumulate: int = 1,
+        round_to: int = 1,
+        quantize: Literal["none", "pow2"] = "none",
+        test_interval: int | Literal["auto"] = "auto",
+        warmup_steps: int = 0,
+        ema: float = 0.95,
+        denominator: Literal["biased", "unbiased"] = "unbiased",
+        finite_population: bool = False,
+        allow_decrease: bool = False,
+        max_growth: float | None = 2.0,
+        min_change: float = 1.1,
+        lr_scaler: BatchSizeLRScaler | None = None,
+        preset: Literal["paper"] | None = None,
+        monitor_only: bool = False,
+        max_samples: int | None = None,
+        log_vs_samples: bool = False,
+        seed: int = 0,
+        log: bool = True,
+    ) -> None:
+        settings: dict[str, Any] = {
+            "test_interval": test_interval,
+            "ema": ema,
+            "denominator": denominator,
+            "allow_decrease": allow_decrease,
+            "max_growth": max_growth,
+            "min_change": min_change,
+        }
+        if preset is not None:
+            check_choice("preset", preset, ("paper",))
+            settings |= _PAPER
+        check_choice("estimator", estimator, ("auto", "micro_batch", "ghost", "vmap"))
+        check_choice("mode", mode, ("auto", "accumulate", "sampler", "monitor"))
+        check_choice("quantize", quantize, ("none", "pow2"))
+        if isinstance(scope, str):
+            check_choice("scope", scope, ("all", "norm_layers"))
+        self.test_interval = settings.pop("test_interval")
+        if self.test_interval != "auto":
+            check_int("test_interval", self.test_interval, 1)
+        for name, value in (("max_micro_batch_size", max_micro_batch_size), ("max_samples", max_samples)):
+            if value is not None:
+                check_int(name, value, 1)
+        self.warmup_steps = check_int("warmup_steps", warmup_steps, 0)
+        self.seed = check_int("seed", seed, 0)
+        self.criterion = NormTest() if criterion is None else criterion
+        self.controller = BatchSizeController(
+            self.criterion,
+            max_batch_size,
+            min_batch_size or 1,
+            finite_population=finite_population,
+            **settings,
+        )
+        self.min_batch_size = min_batch_size
+        check_int("round_to", round_to, 1)
+        check_power_of_two("min_accumulate", min_accumulate)
+        self.plans = PlanSettings(max_batch_size, max_micro_batch_size, min_accumulate, round_to, quantize)
+        self.estimator, self.scope, self.mode = estimator, scope, "monitor" if monitor_only else mode
+        self.lr_scaler, self.max_samples = lr_scaler, max_samples
+        self.log_vs_samples, self.log = log_vs_samples, log
+        self.samples_seen = self.tests = self.skipped_tests = 0
+        self._last_test: int | None = None
+        self._steps = 0
+        self._logged_step = -1
+        self._loss_sum: Tensor | None = None
+        self._losses = 0
+        self._loss_value: float | None = None
+        self._decision: Decision | None = None
+        self._next_plan: BatchPlan | None = None
+        self._stepped = False
+        self._use_ghost = True
+        self._driver: WatchDriver | None = None
+        self._collector: NoiseCollector | None = None
+        self._pending: dict[str, Any] | None = None
+
+    # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────
+    @property
+    @override
+    def state_key(self) -> str:
+        return "AdaptiveBatchSize"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "version": 1,
+            "mode": self._mode_now(),
+            "controller": self.controller.state_dict(),
+            "samples_seen": self.samples_seen,
+            "tests": self.tests,
+            "skipped_tests": self.skipped_tests,
+            "steps": self._steps,
+            "last_test": self._last_test,
+            "use_ghost": self._use_ghost,
+            "min_accumulate": self.plans.min_accumulate,
+            "max_micro": self.plans.max_micro,
+            "min_batch": self.controller.min_batch_size,
+            "lr_scaler": None if self.lr_scaler is None else self.lr_scaler.state_dict(),
+            "driver": {} if self._driver is None else self._driver.state_dict(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.controller.load_state_dict(state_dict["controller"])
+        self.samples_seen, self.tests = state_dict["samples_seen"], state_dict["tests"]
+        self.skipped_tests, self._steps = state_dict["skipped_tests"], state_dict["steps"]
+        self._last_test, self._use_ghost = state_dict["last_test"], state_dict["use_ghost"]
+        self.plans.min_accumulate = state_dict["min_accumulate"]
+        self.plans.max_micro = self.plans.max_micro or state_dict["max_micro"]
+        if self.min_batch_size is None:
+            self.controller.min_batch_size = state_dict["min_batch"]
+        if self.lr_scaler is not None and state_dict["lr_scaler"] is not None:
+            self.lr_scaler.load_state_dict(state_dict["lr_scaler"])
+        self._pending = state_dict
+        if self._driver is not None and state_dict["mode"] == self._mode_now():
+            self._driver.load_state_dict(state_dict["driver"])
+        elif self._driver is not None and self.mode != "auto":
+            rank_zero_warn(
+                f"AdaptiveBatchSize: the checkpoint was written in mode {state_dict['mode']!r}, this run is in mode"
+                f" {self._mode_now()!r}; it goes on with its first batch size."
+            )
+
+    def _mode_now(self) -> str:
+        names = {SamplerDriver: "sampler", AccumulateDriver: "accumulate", WatchDriver: "monitor"}
+        return self.mode if self._driver is None else names[type(self._driver)]
+
+    # ── set-up ───────────────────────────────────────────────────────────────────────────────────────────────────
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        refuse_twin(trainer)
+        self._refuse(trainer, pl_module)
+        mode = self.mode
+        if mode in ("auto", "sampler"):
+            missing = missing_for_variable_length(trainer)
+            if missing is not None:
+                rank_zero_warn(
+                    f"AdaptiveBatchSize: this version of Lightning has no `{missing}`, so the loader's batch size"
+                    " cannot change during training; only accumulation will (mode='accumulate')."
+                )
+                mode = "accumulate"
+        self._check_estimator(mode, trainer)
+        if mode == "monitor":
+            self._driver = WatchDriver(trainer)
+        elif mode == "accumulate":
+            self._driver = AccumulateDriver(trainer)
+        else:
+            driver = SamplerDriver(trainer, self.plans, self.seed)
+            driver.on_loader = self._first_plan
+            if mode == "auto":
+                driver.on_refused = lambda error: self._fall_back(trainer, error)
+            driver.attach(trainer)
+            self._driver = driver
+
+    def _refuse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        name = type(trainer.strategy).__name__
+        reason = None
+        if not pl_module.automatic_optimization:
+            reason = "manual optimization: the callback cannot know which backward passes make a step"
+        elif trainer.strategy.handles_gradient_accumulation or "DeepSpeed" in name:
+            reason = f"{name}: it counts accumulation itself. Use a DDP strategy"
+        elif "FSDP" in name or "ModelParallel" in name:
+            reason = f"{name}: gradients are sharded, and the hooks see shards. Use a DDP strategy"
+        elif self.mode != "monitor" and any(isinstance(c, GradientAccumulationScheduler) for c in _callbacks(trainer)):
+            reason = "GradientAccumulationScheduler: two callbacks would set accumulation. Use mode='monitor'"
+        elif self.mode in ("auto", "sampler"):
+            if trainer.overfit_batches:  # type: ignore[attr-defined]
+                reason = "overfit_batches. Use mode='accumulate' or mode='monitor'"
+            elif isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches != 1.0:
+                reason = (
+                    f"limit_train_batches={trainer.limit_train_batches}: a fraction of a number of batches that"
+                    " changes. Give an integer, or use mode='accumulate' or mode='monitor'"
+                )
+        if reason is not None:
+            raise MisconfigurationException(f"AdaptiveBatchSize(mode={self.mode!r}) does not work with {reason}.")
+
+    def _fall_back(self, trainer: pl.Trainer, error: TypeError) -> None:
+        """The loader's batch cannot change: change accumulation only."""
+        rank_zero_warn(f"AdaptiveBatchSize: {error} Only accumulation will change.")
+        state = self._pending
+        self._driver = AccumulateDriver(trainer)
+        if state is not None and state["mode"] == "accumulate":
+            self._driver.load_state_dict(state["driver"])
+
+    def _check_estimator(self, mode: str, trainer: pl.Trainer) -> None:
+        needs = self.criterion.needs
+        if self.estimator == "ghost" and "element" in needs:
+            raise ValueError(
+                "estimator='ghost' has no per-element variances; use estimator='micro_batch' or 'vmap', or"
+                " CoordinateNormTest(granularity='tensor')."
+            )
+        alone = trainer.world_size * max(trainer.accumulate_grad_batches, self.plans.min_accumulate) < 2
+        if alone and (self.estimator == "micro_batch" or (self.estimator == "auto" and "element" in needs)):
+            if mode == "monitor":
+                raise ValueError(
+                    "estimator='micro_batch' compares the micro-batches of a step, and there is only one: set"
+                    " accumulate_grad_batches >= 2, or use estimator='ghost' or 'vmap'."
+                )
+            self._split()
+        if self.estimator == "micro_batch" and "inner" in needs and self.scope == "all":
+            micro = self.plans.max_micro
+            most = math.inf if micro is None else self.controller.max_batch_size / (micro * trainer.world_size)
+            if mode != "monitor" and most > _MAX_COPIES:
+                raise ValueError(
+                    f"inner products between more than {_MAX_COPIES} micro-batches and the gradient would keep that"
+                    " many copies of the gradient. Three ways out: estimator='vmap' (forward mode, no copies); `scope`"
+                    " with the names of some parameters; `max_micro_batch_size` >= max_batch_size / (4 * processes)."
+                )
+
+    def _split(self) -> None:
+        """Make every step of at least two micro-batches: the same work, and a variance can be seen."""
+        self.plans.min_accumulate = max(2, self.plans.min_accumulate)
+
+    def _first_plan(self, plan: BatchPlan) -> None:
+        """The batch size the user gave is the first plan, and fills in what was left open."""
+        first = plan.batch_size
+        if self.mode != "monitor" and self.controller.max_batch_size < first:
+            raise ValueError(
+                f"`max_batch_size`={self.controller.max_batch_size} is below the initial batch of"
+                f" W*k*m={plan.world}*{plan.accumulate}*{plan.micro}={first}."
+            )
+        if self.plans.max_micro is None:
+            self.plans.max_micro = plan.micro
+        if self.min_batch_size is None and self.controller.min_batch_size == 1:
+            self.controller.min_batch_size = min(first, self.controller.max_batch_size)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._collector = NoiseCollector(pl_module, self._names(pl_module), self.criterion.needs, step_loss(pl_module))
+        if self.lr_scaler is not None:
+            self.lr_scaler.attach(trainer)
+        if self.mode != "monitor":
+            for config in trainer.lr_scheduler_configs:
+                if config.interval == "step" and not isinstance(config.scheduler, SamplesLR):
+                    rank_zero_warn(
+                        f"AdaptiveBatchSize: {type(config.scheduler).__name__} counts optimizer steps, and there will"
+                        " be fewer of them than it was told as the batch grows. Use SamplesLR, which counts samples."
+                    )
+
+    def _names(self, pl_module: pl.LightningModule) -> list[str]:
+        names = [n for n, p in pl_module.named_parameters() if p.requires_grad]
+        if self.scope == "all":
+            return names
+        if self.scope == "norm_layers":
+            norms = {f"{n}.weight" for n, m in pl_module.named_modules() if is_norm_layer(m)}
+            chosen = [n for n in names if n in norms]
+        else:
+            chosen = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in self.scope)]
+        if not chosen:
+            raise ValueError(f"`scope`={self.scope!r} matches no trainable parameter.")
+        return chosen
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        driver = self._active
+        driver.start(trainer)
+        if not driver.changes_loader:
+            if driver.micro == 0 and self.mode != "monitor":
+                raise MisconfigurationException(
+                    "AdaptiveBatchSize(mode='accumulate') needs the `batch_size` of the loader, to know the first B."
+                )
+            self._first_plan(driver.plan)
+            if driver.accumulate < self.plans.min_accumulate:
+                driver.request(BatchPlan(driver.micro, self.plans.min_accumulate, driver.world))
+        population, epochs = driver.population, trainer.max_epochs
+        for schedule in self._schedules(trainer):
+            if population is not None and epochs is not None and epochs > 0:
+                schedule.resolve(population * epochs)
+            elif schedule.total_samples is None:
+                raise MisconfigurationException(
+                    "SamplesLR(total_samples='auto') needs `max_epochs` and a data set with a length; give a number."
+                )
+        self._stepped = False
+
+    @property
+    def _active(self) -> WatchDriver:
+        assert self._driver is not None, "setup() was not called"
+        return self._driver
+
+    @staticmethod
+    def _schedules(trainer: pl.Trainer) -> list[SamplesLR]:
+        return [c.scheduler for c in trainer.lr_scheduler_configs if isinstance(c.scheduler, SamplesLR)]
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._active.start_epoch(trainer)
+
+    # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        driver, collector = self._active, self._collector
+        assert collector is not None
+        first = driver.start_batch(trainer, batch, batch_idx)
+        if first:
+            if collector.collecting:
+                collector.cancel()
+            self._loss_sum, self._losses = None, 0
+            for schedule in self._schedules(trainer):
+                schedule.set_progress(driver.expected_seen(self.samples_seen))
+            if self.lr_scaler is not None:
+                self.lr_scaler.set_batch_size(driver.plan.batch_size)
+            self._begin_test(driver)
+        if collector.collecting:
+            collector.before_forward(batch, samples_in(batch))
+
+    def _begin_test(self, driver: WatchDriver) -> None:
+        estimator = self._choose(driver)
+        if estimator is None or self._steps < self.warmup_steps:
+            return
+        interval = _AUTO_INTERVAL[estimator] if self.test_interval == "auto" else self.test_interval
+        if self._last_test is not None and self._steps - self._last_test < interval:
+            return
+        assert self._collector is not None
+        try:
+            self._collector.begin(estimator)
+        except UnsupportedLayerError as error:
+            self._no_ghost(error)
+
+    def _choose(self, driver: WatchDriver) -> Estimator | None:
+        """The estimator of the step that begins; None if it has none."""
+        groups = driver.world * driver.accumulate
+        if self.estimator == "micro_batch":
+            return "micro_batch" if groups >= 2 else None
+        if self.estimator != "auto":
+            return self.estimator if self.estimator == "vmap" or self._use_ghost else None
+        if groups >= 2:
+            copies = "inner" in self.criterion.needs and self.scope == "all" and driver.accumulate > _MAX_COPIES
+            return "vmap" if copies else "micro_batch"
+        assert self._collector is not None
+        if self._use_ghost and any(isinstance(m, _BatchNorm) and m.training for m in self._collector.module.modules()):
+            self._no_ghost("a BatchNorm in training mode leaves no gradient of a single sample")
+        return "ghost" if self._use_ghost and "element" not in self.criterion.needs else None
+
+    def _no_ghost(self, reason: object) -> None:
+        """Per-sample norms cannot be told from this model: compare two micro-batches instead."""
+        self._use_ghost = False
+        if self.estimator == "ghost":
+            raise MisconfigurationException(f"AdaptiveBatchSize(estimator='ghost'): {reason}")
+        if self._mode_now() == "monitor":
+            rank_zero_warn(
+                f"AdaptiveBatchSize: {reason}. Nothing is measured: set accumulate_grad_batches >= 2, or use"
+                " estimator='vmap'."
+            )
+            return
+        rank_zero_info(f"AdaptiveBatchSize: {reason}. Every step is split into two micro-batches, which are compared.")
+        self._split()
+        driver = self._active
+        self._next_plan = driver.plan_for(driver.plan.batch_size, self.plans)
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if "loss" in self.criterion.needs or self.log_vs_samples:
+            value = loss.detach() * trainer.accumulate_grad_batches
+            self._loss_sum = value if self._loss_sum is None else self._loss_sum + value
+            self._losses += 1
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        collector = self._collector
+        if collector is None or not collector.collecting:
+            return
+        try:
+            # Lightning divides the loss by k, and a GradScaler multiplies it
+            collector.after_backward(trainer.accumulate_grad_batches / _amp_scale(trainer))
+        except UnsupportedLayerError as error:
+            collector.cancel()
+            self._no_ghost(error)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        driver, collector = self._active, self._collector
+        self._stepped = True
+        if self._mode_now() != "monitor":
+            rescale_gradients(list(pl_module.parameters()), driver.gradient_correction)
+        self._loss_value = None
+        if self._loss_sum is not None:
+            self._loss_value = float(self._loss_sum) / self._losses
+        if collector is None or not collector.collecting:
+            return
+        stats = collector.finish(
+            driver.world,
+            lambda vector: _reduce(trainer, vector),
+            loss=self._loss_value,
+            lr=float(optimizer.param_groups[0]["lr"]),
+        )
+        self._last_test = self._steps
+        plan = driver.plan
+        self._decision = self.controller.decide(stats, plan.batch_size, driver.population)
+        if self._decision is None:
+            self.skipped_tests += 1
+            return
+        self.tests += 1
+        if self.lr_scaler is not None and self.lr_scaler.critical_batch == "noise_scale":
+            scale = self._decision.stats.noise_scale
+            if 0.0 < scale < math.inf:
+                self.lr_scaler.critical_batch_size = scale
+        if self._mode_now() != "monitor" and self._decision.batch_size != plan.batch_size:
+            self._propose(driver, plan, self._decision.batch_size)
+
+    def _propose(self, driver: WatchDriver, plan: BatchPlan, batch_size: int) -> None:
+        new = driver.plan_for(batch_size, self.plans)
+        smaller = new.batch_size < plan.batch_size
+        if new != plan and not (smaller and not self.controller.allow_decrease):
+            self._next_plan = new
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        driver = self._active
+        stepped, self._stepped = self._stepped, False
+        changed = False
+        if stepped:
+            self._steps += 1
+            self.samples_seen += driver.step_samples
+            if self._next_plan is not None:
+                driver.request(self._next_plan)
+                self._next_plan, changed = None, True
+        driver.end_batch(trainer, batch_idx, stepped)
+        if stepped:
+            if self.log:
+                self._log(trainer, pl_module, changed)
+            if self.max_samples is not None and self.samples_seen >= self.max_samples:
+                trainer.should_stop = True
+            self._decision = None
+
+    # ── logging ──────────────────────────────────────────────────────────────────────────────────────────────────
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, changed: bool) -> None:
+        plan = self._active.plan
+        pl_module.log("batching/batch_size", float(plan.batch_size), prog_bar=True, batch_size=1)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = changed or self._steps - self._logged_step >= every or self._logged_step < 0
+        if self.lr_scaler is not None and self.lr_scaler.log_values:
+            self.lr_scaler.log_to(pl_module, trainer)
+        if due:
+            self._logged_step = self._steps
+            log_scalars(trainer, self._values(plan))
+        if self.log_vs_samples:
+            values = {"samples/batch_size": float(plan.batch_size)}
+            if self._loss_value is not None:
+                values["samples/train_loss"] = self._loss_value
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=self.samples_seen)
+
+    def _values(self, plan: BatchPlan) -> dict[str, float]:
+        values = {
+            "batching/micro_batch_size": float(plan.micro),
+            "batching/accumulate": float(plan.accumulate),
+            "batching/samples_seen": float(self.samples_seen),
+            "batching/skipped_tests": float(self.skipped_tests),
+        }
+        if self.lr_scaler is not None:
+            values["batching/lr_factor"] = self.lr_scaler.factor
+        decision = self._decision
+        if decision is not None:
+            assert self._collector is not None
+            stats = decision.stats
+            proxy = self.scope == "norm_layers"
+            found: dict[str, float | None] = {
+                "batching/target": decision.target,
+                "batching/test_ratio": decision.test_ratio,
+                "batching/noise_scale": None if proxy else stats.noise_scale,
+                "batching/noise_scale_proxy": stats.noise_scale if proxy else None,
+                "batching/grad_sq_norm": stats.grad_sq_norm,
+                "batching/grad_sq_norm_unbiased": stats.grad_sq_norm_unbiased,
+                "batching/trace_cov": stats.trace_cov,
+                "batching/inner_var": stats.inner_var,
+                "batching/orth_var": stats.orth_var,
+                "batching/test_time_ms": 1e3 * self._collector.seconds,
+            }
+            values |= {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+        return values
+
+    @override
+    def tensorboard_charts(self, trainer: pl.Trainer) -> Charts:
+        return {
+            "batching": {
+                "batch size": ["batching/batch_size", "batching/target", "batching/noise_scale"],
+                "test (above 1: grow)": ["batching/test_ratio"],
+            }
+        }
+
+    # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.lr_scaler is not None:
+            self.lr_scaler.on_exception(trainer, pl_module, exception)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._collector is not None:
+            self._collector.remove()
+            self._collector = None
+        if self.lr_scaler is not None:
+            self.lr_scaler.detach(trainer)
+        if self._driver is not None:
+            self._driver.detach(trainer)
+
+
+def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _amp_scale(trainer: pl.Trainer) -> float:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def _reduce(trainer: pl.Trainer, vector: Tensor) -> Tensor:
+    if trainer.world_size == 1:
+        return vector
+    summed: Tensor = trainer.strategy.reduce(vector.to(trainer.strategy.root_device), reduce_op="sum")
+    return summed.cpu()

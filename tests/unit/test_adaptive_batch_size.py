@@ -1,0 +1,459 @@
+"""AdaptiveBatchSize in a Trainer: what is trained on, when Lightning validates, what is measured, what is refused."""
+
+import math
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, TQDMProgressBar
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_grad import AdaptiveBatchSize, BatchSizeLRScaler, RandomStateCheckpoint, SamplesLR
+from lightning_grad.allocation.batch_size import (
+    CABS,
+    AugmentedInnerProductTest,
+    CoordinateNormTest,
+    Criterion,
+    InnerProductTest,
+    NormTest,
+)
+from lightning_grad.data import AdaptiveDataLoader
+from lightning_grad.statistics.gradient_noise import GradStats
+
+
+class Script(Criterion):
+    """Ask for given batch sizes, test after test; the last one for ever."""
+
+    def __init__(self, *targets):
+        self.targets, self.calls = targets, 0
+
+    def target(self, stats):
+        self.calls += 1
+        return float(self.targets[min(self.calls, len(self.targets)) - 1])
+
+
+class Mean(pl.LightningModule):
+    """loss = w * mean(x): the gradient of a step is the mean of the samples in it."""
+
+    def __init__(self, n=103, batch=8, loader=None, **loader_args):
+        super().__init__()
+        self.w = nn.Linear(1, 1, bias=False)
+        self.data, self.batch, self.loader_args, self.loader = (
+            torch.arange(float(n))[:, None],
+            batch,
+            loader_args,
+            loader,
+        )
+        self.seen, self.window, self.steps, self.validations, self.epoch_schedules = [], [], [], 0, 0
+        self.schedule = None
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0]
+        self.seen += x[:, 0].int().tolist()
+        self.window.append(x[:, 0].tolist())
+        return self.w(x).mean()
+
+    def on_before_optimizer_step(self, optimizer):
+        self.steps.append((self.window, self.w.weight.grad.item()))
+        self.window = []
+
+    def validation_step(self, batch, batch_idx):
+        self.validations += 1
+
+    def train_dataloader(self):
+        if self.loader is not None:
+            return self.loader
+        return DataLoader(TensorDataset(self.data), self.batch, **{"shuffle": True, **self.loader_args})
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(self.data[:1]), 1)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e-4)
+        if self.schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.schedule(optimizer)}
+
+
+def trainer(*callbacks, **kwargs):
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 2}
+    settings |= {"enable_model_summary": False, "accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0}
+    return pl.Trainer(**settings | kwargs, callbacks=list(callbacks))
+
+
+def fit(model, callback, *others, **kwargs):
+    run = trainer(callback, *others, **kwargs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*num_workers|.*logging interval|.*log_every_n_steps")
+        run.fit(model)
+    return run
+
+
+def scripted(*targets, cap=64, **kwargs):
+    settings = {"test_interval": 1, "max_growth": None, "min_change": 1.0, "max_micro_batch_size": 16, "ema": 0.0}
+    return AdaptiveBatchSize(cap, Script(*targets), **settings | kwargs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("targets", "kwargs"),
+    [
+        ((8, 8, 16, 16, 32, 64), {}),
+        ((64, 8, 33, 8, 64), {"allow_decrease": True}),
+        ((16, 64), {"drop_last": True}),
+    ],
+)
+def test_every_sample_once_and_every_step_its_mean(workers, targets, kwargs):
+    drop_last = kwargs.pop("drop_last", False)
+    model = Mean(num_workers=workers, drop_last=drop_last)
+    run = fit(model, scripted(*targets, **kwargs), max_epochs=3)
+    epochs = [model.seen[i : i + 103] for i in range(0, len(model.seen), 103)] if not drop_last else []
+    assert all(sorted(epoch) == list(range(103)) for epoch in epochs)
+    assert drop_last or len(epochs) == 3
+    for window, grad in model.steps:
+        assert max(map(len, window)) - min(map(len, window)) <= 1
+        means = [sum(part) / len(part) for part in window]
+        assert grad == pytest.approx(sum(means) / len(means), rel=1e-5)  # float32 means of up to 64 numbers below 103
+    assert model.validations == 3
+    assert run.global_step == len(model.steps)
+    assert run.current_epoch == 3
+
+
+@pytest.mark.parametrize(("interval", "expected"), [(1.0, 3), (0.5, 6), (0.25, 12), (2, None)])
+def test_validation_runs_as_often_as_it_should(interval, expected):
+    model = Mean(n=240)
+    fit(model, scripted(8, 16, 16, 24, 24, 48, 64), max_epochs=3, val_check_interval=interval)
+    if expected is None:
+        assert model.validations >= 3
+    else:
+        assert model.validations == expected
+
+
+def test_epoch_schedulers_progress_bar_and_estimated_steps():
+    totals = []
+
+    class Bar(TQDMProgressBar):
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            totals.append((self.train_progress_bar.total, self.train_progress_bar.n))
+
+    model = Mean()
+    model.schedule = lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5)
+    bar = Bar()
+    run = fit(model, scripted(8, 8, 16, 32, 64), bar, enable_progress_bar=True)
+    assert run.optimizers[0].param_groups[0]["lr"] == 1e-4 * 0.25
+    ends = [n for total, n in totals if total == n]
+    assert len(ends) == 2  # the bar is full at the end of each epoch, and only there
+    assert totals[0][0] == 13
+    assert totals[-1] == (8, 8)  # 103 samples: k=4 micro-batches of 16, and a last step with the rest
+    assert run.progress_bar_metrics["batching/batch_size"] == 64
+
+
+def test_loader_given_to_fit_and_data_module():
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(torch.arange(50.0)[:, None]), 4)
+
+    model = Mean(50)
+    run = trainer(scripted(4, 8, 16))
+    run.fit(model, DataLoader(TensorDataset(torch.arange(50.0)[:, None]), 4))
+    assert sorted(model.seen) == sorted(list(range(50)) * 2)
+    model, data = Mean(50), Data()
+    trainer(scripted(4, 8, 16)).fit(model, datamodule=data)
+    assert sorted(model.seen) == sorted(list(range(50)) * 2)
+    assert "train_dataloader" not in data.__dict__  # put back
+    own = Mean(loader=AdaptiveDataLoader(TensorDataset(torch.arange(50.0)[:, None]), batch_size=4))
+    trainer(scripted(4, 8, 16)).fit(own)
+    assert sorted(own.seen) == sorted(list(range(50)) * 2)
+
+
+def test_accumulate_mode_window_means():
+    model = Mean(n=56, batch=4, shuffle=False)  # 14 batches, gradient of batch i: 4 i + 1.5
+    callback = scripted(16, cap=16, mode="accumulate", estimator="ghost", warmup_steps=1)
+    run = fit(model, callback)
+    index = [(grad - 1.5) / 4 for _, grad in model.steps[:7]]
+    assert index == pytest.approx([0, 1, 2, 3, 5.5, 9.5, 12.5])
+    assert sorted(model.seen) == sorted(list(range(56)) * 2)
+    assert model.validations == 2
+    assert run.accumulate_grad_batches == 1  # put back
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.arange(32.0)[:, None, None])
+
+
+def test_streams_are_refused_by_name_or_accumulated():
+    def loader():
+        return DataLoader(Stream(), 4, collate_fn=lambda rows: [torch.stack(rows)[:, 0]])
+
+    with pytest.raises(TypeError, match="IterableDataset cannot be changed; use mode='accumulate'"):
+        fit(Mean(loader=loader()), scripted(8, mode="sampler"))
+    model = Mean(loader=loader())
+    run = trainer(scripted(8, 16, mode="auto"))
+    with pytest.warns(UserWarning, match="Only accumulation will change"):
+        run.fit(model)
+    assert len(model.seen) == 64
+    assert run.global_step < 16
+
+
+class Net(pl.LightningModule):
+    """A regression network whose per-sample gradients are known by brute force."""
+
+    def __init__(self, n=64, batch=8, lr=0.0, shuffle=False, layers=None, dtype=torch.float64):
+        super().__init__()
+        gen = torch.Generator().manual_seed(0)
+        self.x, self.y = (torch.randn(n, d, generator=gen, dtype=dtype) for d in (5, 2))
+        self.net = (layers or nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 2))).to(dtype)
+        self.batch, self.lr, self.shuffle, self.stepped = batch, lr, shuffle, 0
+
+    def loss(self, x, y):
+        return (self.net(x) - y).square().sum(1).mean()
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(*batch)
+        self.log("train/loss", loss)
+        return loss
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(self.x, self.y), self.batch, shuffle=self.shuffle)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    def grads(self, rows):
+        params = list(self.parameters())
+        out = [torch.autograd.grad(self.loss(self.x[i : i + 1], self.y[i : i + 1]), params) for i in rows]
+        return torch.stack([torch.cat([g.reshape(-1) for g in each]) for each in out])
+
+
+class Record(Criterion):
+    """Keep what is measured, ask for nothing."""
+
+    def __init__(self, *needs):
+        self.needs = frozenset(needs)
+        self.stats = []
+
+    def target(self, stats):
+        self.stats.append(stats)
+        return 1.0
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("estimator", ["micro_batch", "ghost", "vmap"])
+def test_measured_statistics_are_those_of_separate_backward_passes(estimator, k):
+    if (estimator, k) == ("micro_batch", 1):
+        return
+    model = Net()
+    record = Record("inner", "tensor", "loss", "lr")
+    callback = AdaptiveBatchSize(64, record, estimator, mode="monitor", ema=0.0, test_interval=1, denominator="biased")
+    if estimator == "ghost" and k > 1:
+        record.needs = frozenset({"tensor", "loss", "lr"})
+    fit(model, callback, accumulate_grad_batches=k, max_epochs=1, limit_val_batches=0)
+    assert len(record.stats) == 8 // k
+    sizes = [p.numel() for p in model.parameters()]
+    for step, stats in enumerate(record.stats):
+        rows = range(step * 8 * k, (step + 1) * 8 * k)
+        grads = model.grads(rows)
+        if estimator == "micro_batch":
+            expected = GradStats.from_groups(grads.reshape(k, 8, -1).mean(1), 8, sizes)
+        else:
+            expected = GradStats.from_samples(grads, sizes)
+        assert stats.batch_size == 8 * k
+        assert stats.trace_cov == pytest.approx(expected.trace_cov, rel=1e-9)
+        assert stats.grad_sq_norm == pytest.approx(expected.grad_sq_norm, rel=1e-9)
+        torch.testing.assert_close(stats.tensor_trace_cov, expected.tensor_trace_cov, rtol=1e-8, atol=1e-10)
+        if "inner" in record.needs:
+            assert stats.inner_var == pytest.approx(expected.inner_var, rel=1e-8)
+        rows = list(rows)
+        assert stats.loss == pytest.approx(model.loss(model.x[rows], model.y[rows]).item(), rel=1e-6)
+        assert stats.lr == 0.0
+
+
+def test_element_variances_and_scope():
+    record = Record("element")
+    model = Net()
+    fit(model, AdaptiveBatchSize(64, record, mode="monitor", ema=0.0, denominator="biased", scope=["*3.weight"]),
+        accumulate_grad_batches=2, max_epochs=1, limit_val_batches=0)  # fmt: skip
+    grads = model.grads(range(16))
+    where = slice(-14, -2)  # the last weight, before its bias
+    expected = GradStats.from_groups(grads.reshape(2, 8, -1).mean(1)[:, where], 8, [1] * 12)
+    torch.testing.assert_close(record.stats[0].tensor_trace_cov, expected.tensor_trace_cov, rtol=1e-9, atol=1e-12)
+    norms = Record()
+    fit(model, AdaptiveBatchSize(64, norms, mode="monitor", ema=0.0, scope="norm_layers"), max_epochs=1,
+        limit_val_batches=0)  # fmt: skip
+    assert norms.stats[0].mean_sq_norm < record.stats[0].mean_sq_norm + grads.square().sum(1).mean()
+    with pytest.raises(ValueError, match="matches no trainable parameter"):
+        fit(model, AdaptiveBatchSize(64, scope=["nothing*"]))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_monitor_leaves_the_training_alone(k):
+    def weights(*callbacks):
+        torch.manual_seed(1)
+        model = Net(lr=0.1, shuffle=True, dtype=torch.float32, layers=nn.Sequential(nn.Linear(5, 6), nn.Dropout(), nn.Linear(6, 2)))  # fmt: skip  # noqa: E501
+        trainer(*callbacks, accumulate_grad_batches=k, limit_val_batches=0).fit(model)
+        return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    plain = weights()
+    for estimator in ("auto", "vmap"):
+        assert torch.equal(weights(AdaptiveBatchSize(64, estimator=estimator, monitor_only=True)), plain)
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(self.layer(x)))
+
+
+def test_a_model_without_ghost_rules_splits_its_steps():
+    callback = AdaptiveBatchSize(64, ema=0.0, test_interval=1)
+    model = Net(layers=Shared())
+    run = fit(model, callback, limit_val_batches=0)
+    assert callback.plans.min_accumulate == 2
+    assert callback.tests > 0
+    assert run.global_step >= 2
+    with pytest.raises(MisconfigurationException, match="used twice"):
+        fit(Net(layers=Shared()), AdaptiveBatchSize(64, estimator="ghost"))
+    batchnorm = AdaptiveBatchSize(64, test_interval=1)
+    fit(Net(layers=nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))), batchnorm, limit_val_batches=0)
+    assert batchnorm.plans.min_accumulate == 2
+
+
+def test_explicit_micro_batch_starts_with_two():
+    model = Mean()
+    fit(model, scripted(8, 16, estimator="micro_batch"))
+    assert len(model.steps[0][0]) == 2
+    assert [len(part) for part in model.steps[0][0]] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [NormTest(0.3), InnerProductTest(0.2), AugmentedInnerProductTest(0.2), CoordinateNormTest(0.3), CABS()],
+    ids=lambda c: type(c).__name__,
+)
+def test_criteria_grow_the_batch(criterion):
+    lr = 1e-2
+    model = Net(n=200, batch=4, lr=lr, shuffle=True)
+    callback = AdaptiveBatchSize(64, criterion, max_micro_batch_size=16, test_interval=1, max_growth=None)
+    fit(model, callback, limit_val_batches=0, max_epochs=4)
+    assert callback.tests > 0
+    if not isinstance(criterion, CABS):
+        assert callback._driver.plan.batch_size > 4
+
+
+def test_lr_scaler_and_samples_schedule_follow_the_steps():
+    model = Mean(n=64, batch=4)
+    rates = []
+
+    def schedule(optimizer):
+        optimizer.register_step_post_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+        return {"scheduler": SamplesLR(optimizer, base="linear", final=0.0), "interval": "step"}
+
+    model.schedule = schedule
+    scaler = BatchSizeLRScaler("linear")
+    fit(model, scripted(4, 8, 16, lr_scaler=scaler), max_epochs=2)
+    sizes = [sum(map(len, window)) for window, _ in model.steps]
+    seen = torch.tensor(sizes).cumsum(0)
+    assert seen[-1] == 128
+    # this hook runs before the scaler takes its factor back
+    factors = [rate / (1e-4 * (1 - s / 128)) for rate, s in zip(rates[:-1], seen[:-1].tolist(), strict=True)]
+    assert factors == pytest.approx([b / 4 for b in sizes[:-1]], rel=1e-6)
+
+
+def test_samples_budget_stops_the_run():
+    model = Mean(n=64, batch=4)
+    callback = scripted(4, 8, max_samples=40)
+    run = fit(model, callback, max_epochs=5)
+    assert 40 <= callback.samples_seen < 48
+    assert callback.samples_seen == len(model.seen)
+    assert run.current_epoch < 5
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"`max_batch_size`=4 is below the initial batch of W\*k\*m=1\*1\*8=8"):
+        fit(Mean(), AdaptiveBatchSize(4))
+    with pytest.raises(ValueError, match="`accumulate_grad_batches` must be a power of two, got 3: use 2 or 4"):
+        fit(Mean(), AdaptiveBatchSize(64), accumulate_grad_batches=3)
+    with pytest.raises(MisconfigurationException, match=r"overfit_batches.*mode='monitor'"):
+        fit(Mean(), AdaptiveBatchSize(64), overfit_batches=2)
+    with pytest.raises(MisconfigurationException, match=r"limit_train_batches=0.5.*mode='monitor'"):
+        fit(Mean(), AdaptiveBatchSize(64), limit_train_batches=0.5)
+    with pytest.raises(MisconfigurationException, match="GradientAccumulationScheduler"):
+        fit(Mean(), AdaptiveBatchSize(64), GradientAccumulationScheduler({0: 2}))
+    manual = Mean()
+    manual.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match="manual optimization"):
+        fit(manual, AdaptiveBatchSize(64))
+    several = Mean(loader=[DataLoader(range(4)), DataLoader(range(4))])
+    with pytest.raises(MisconfigurationException, match="one DataLoader; the train loader is a list"):
+        fit(several, AdaptiveBatchSize(64))
+    with pytest.raises(ValueError, match="Three ways out"):
+        fit(Mean(), AdaptiveBatchSize(640, InnerProductTest(), "micro_batch", max_micro_batch_size=8))
+    with pytest.raises(ValueError, match="there is only one"):
+        fit(Mean(), AdaptiveBatchSize(64, estimator="micro_batch", mode="monitor"))
+    with pytest.raises(ValueError, match="no per-element variances"):
+        fit(Mean(), AdaptiveBatchSize(64, CoordinateNormTest(granularity="element"), "ghost"))
+    for name, bad in {"ema": 1.0, "mode": "loader", "test_interval": 0, "min_accumulate": 3, "preset": "none"}.items():
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            AdaptiveBatchSize(64, **{name: bad})
+    model = Mean()
+    model.schedule = lambda o: {"scheduler": torch.optim.lr_scheduler.StepLR(o, 5), "interval": "step"}
+    run = trainer(AdaptiveBatchSize(64))
+    with pytest.warns(UserWarning, match="StepLR counts optimizer steps"):
+        run.fit(model)
+
+
+def test_preset_paper_restores_the_published_rule():
+    callback = AdaptiveBatchSize(64, preset="paper")
+    controller = callback.controller
+    assert (controller.ema, controller.max_growth, controller.denominator) == (0.0, None, "biased")
+    assert (controller.allow_decrease, controller.min_change, callback.test_interval) == (False, 1.0, 1)
+
+
+def test_missing_private_attribute_falls_back_to_accumulation(monkeypatch):
+    model = Mean()
+    run = trainer(scripted(8, 16, 32))
+    del run.fit_loop._data_source
+    monkeypatch.setattr(type(run.fit_loop), "setup_data", lambda self: None)  # Lightning itself would need it
+    with pytest.warns(UserWarning, match=r"no `fit_loop\._data_source`.*mode='accumulate'"):
+        run.callbacks[0].setup(run, model, "fit")
+    assert run.callbacks[0]._mode_now() == "accumulate"
+
+
+def test_no_gradient_copies_by_default():
+    callback = AdaptiveBatchSize(8, min_accumulate=2, test_interval=1)
+    kept = []
+
+    class Look(pl.Callback):
+        def on_before_optimizer_step(self, *args):
+            leaves = callback._collector._leaves
+            kept.append(sum(t.numel() for n in leaves._norms for t in n) if leaves else 0)
+            assert not leaves or (not leaves._kept and all(s is None for s in leaves._sums))
+
+    model = Net(batch=8)
+    run = trainer(Look(), callback, limit_val_batches=0)
+    run.fit(model)
+    assert max(kept) == 2 * len(list(model.parameters()))  # one number per tensor and micro-batch
+
+
+def test_skipped_tests_are_counted():
+    class Broken(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * (math.nan if batch_idx == 1 else 1.0)  # and from then on every weight is nan
+
+    callback = AdaptiveBatchSize(8, test_interval=1)
+    fit(Broken(), callback, limit_val_batches=0, max_epochs=1)
+    assert (callback.skipped_tests, callback.tests) == (7, 1)
+
+
+def test_random_state_checkpoint_goes_with_it(tmp_path):
+    fit(Mean(), scripted(8, 16), RandomStateCheckpoint(), enable_checkpointing=True, default_root_dir=tmp_path)
