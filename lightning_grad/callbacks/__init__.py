@@ -11,9 +11,12 @@ from lightning_grad.allocation.batch_size import (
 )
 from lightning_grad.callbacks.adaptive_batch_size import AdaptiveBatchSize
 from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
+from lightning_grad.callbacks.bind_data_size import BindDataSize
+from lightning_grad.callbacks.iterate_averaging import IterateAveraging
 from lightning_grad.callbacks.nvfp4_monitor import NVFP4Monitor
 from lightning_grad.callbacks.nvfp4_switch import NVFP4PrecisionSwitch
 from lightning_grad.callbacks.optimizer_stats import OptimizerStats
+from lightning_grad.callbacks.posterior_samples import PosteriorSamples
 from lightning_grad.callbacks.random_state import RandomStateCheckpoint
 
 __all__ = [
@@ -29,5 +32,11 @@ __all__ = [
     "NoiseScale",
     "NormTest",
     "OptimizerStats",
+    "BindDataSize",
+    "IterateAveraging",
+    "NVFP4Monitor",
+    "NVFP4PrecisionSwitch",
+    "OptimizerStats",
+    "PosteriorSamples",
     "RandomStateCheckpoint",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -41,7 +42,8 @@ def state_keys(cls: type) -> list[str]:
     with contextlib.suppress(TypeError):  # some argument has no default
         if issubclass(cls, Optimizer):
             weight = torch.nn.Parameter(torch.ones(4, 3))
-            optimizer = cls([weight])
+            needed = {"n_data": 1} if "n_data" in inspect.signature(cls).parameters else {}
+            optimizer = cls([weight], **needed)
             weight.grad = torch.ones_like(weight)
             optimizer.step()
             return sorted({str(key) for state in optimizer.state_dict()["state"].values() for key in state})

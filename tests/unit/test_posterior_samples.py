@@ -1,0 +1,155 @@
+"""Samples along a run: which are kept, what they predict, that a resumed run keeps the same; averages; data size."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from lightning_grad import SGLD, BindDataSize, IterateAveraging, PosteriorSamples
+from lightning_grad.statistics.chains import effective_sample_size, split_rhat
+
+
+class Model(BoringModel):
+    def configure_optimizers(self):
+        return SGLD(self.parameters(), lr=0.05, seed=1)
+
+
+def fit(steps, callbacks, ckpt=None, **kwargs):
+    torch.manual_seed(0)
+    model = Model()
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        callbacks=[BindDataSize(), *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        **kwargs,
+    )
+    trainer.fit(model, ckpt_path=ckpt, weights_only=True if ckpt else None)
+    return model, trainer
+
+
+def test_data_size_is_filled_in():
+    _, trainer = fit(2, [])
+    assert trainer.optimizers[0].param_groups[0]["n_data"] == 64
+
+
+def test_clipping_warns():
+    with pytest.warns(UserWarning, match="gradient_clip_val changes the distribution"):
+        fit(1, [], gradient_clip_val=1.0)
+
+
+@pytest.mark.parametrize("storage", ["memory", "directory"])
+def test_samples_are_taken_on_schedule_and_predict_restores(storage, tmp_path):
+    where = "memory" if storage == "memory" else str(tmp_path)
+    samples = PosteriorSamples(burn_in_steps=4, every_n_steps=3, max_samples=3, storage=where)
+    model, _ = fit(20, [samples])
+    assert samples._kept == [13, 16, 19]
+    before = [p.detach().clone() for p in model.parameters()]
+    x = torch.randn(5, 32)
+    outputs = samples.predict(model, lambda: model(x))
+    assert outputs.shape == (3, 5, 2)
+    weights = [s["layer.weight"] for s in samples.samples()]
+    biases = [s["layer.bias"] for s in samples.samples()]
+    want = torch.stack([x @ w.T + b for w, b in zip(weights, biases, strict=True)])
+    assert torch.allclose(outputs, want, atol=1e-6)
+    mean, std = samples.mean_std(model, lambda: model(x))
+    assert torch.allclose(mean, outputs.mean(0))
+    assert std.min() > 0
+    with pytest.raises(ZeroDivisionError):
+        samples.predict(model, lambda: 1 // 0)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    if storage == "directory":
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["sample_13.pt", "sample_16.pt", "sample_19.pt"]
+        merged = PosteriorSamples.merge([tmp_path, tmp_path])
+        assert torch.equal(merged.predict(model, lambda: model(x))[:3], outputs)
+        assert len(merged) == 6
+
+
+def test_accumulation_takes_each_step_once():
+    samples = PosteriorSamples(every_n_steps=1)
+    fit(4, [samples], accumulate_grad_batches=3)
+    assert samples._kept == [1, 2, 3, 4]
+
+
+def test_reservoir_keeps_a_uniform_choice():
+    module = torch.nn.Linear(1, 1)
+    counts = torch.zeros(20)
+    for seed in range(400):
+        samples = PosteriorSamples(max_samples=5, policy="reservoir", seed=seed)
+        for step in range(20):
+            samples._take(step, module, True)
+        counts[samples._kept] += 1
+    # each of 20 is kept with probability 1/4: 100 of 400, standard deviation sqrt(400 * 3/16) = 8.7
+    assert (counts - 100).abs().max() <= 5 * 8.7
+
+
+def test_resume_keeps_the_same_samples(tmp_path):
+    whole = PosteriorSamples(every_n_steps=2, max_samples=3, policy="reservoir")
+    fit(20, [whole])
+    first = PosteriorSamples(every_n_steps=2, max_samples=3, policy="reservoir")
+    _, trainer = fit(9, [first])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    second = PosteriorSamples(every_n_steps=2, max_samples=3, policy="reservoir")
+    fit(20, [second], ckpt=tmp_path / "a.ckpt")
+    assert second._kept == whole._kept
+    assert second._seen == whole._seen == 10
+
+
+def test_no_sample_is_an_error():
+    with pytest.raises(RuntimeError, match="no sample yet"):
+        PosteriorSamples().predict(torch.nn.Linear(1, 1), lambda: torch.ones(1))
+
+
+def test_iterate_averaging_starts_late_and_keeps_norms():
+    class Recorder(pl.Callback):
+        def __init__(self):
+            self.weights = []
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.weights.append(pl_module.layer.weight.detach().clone())
+
+    recorder = Recorder()
+    model, _ = fit(12, [recorder, IterateAveraging(average_start=8)])
+    mean = torch.stack(recorder.weights[-4:]).mean(0)
+    assert torch.allclose(model.layer.weight, mean / mean.norm() * recorder.weights[-1].norm(), atol=1e-6)
+
+
+def test_rhat_and_effective_size():
+    torch.manual_seed(0)
+    independent = torch.randn(4, 1000)
+    assert split_rhat(independent) < 1.01
+    assert effective_sample_size(independent) == pytest.approx(4000, rel=0.15)
+    assert split_rhat(independent + torch.arange(4)[:, None]) > 1.5
+    # AR(1) with coefficient 0.9: (1 - 0.9) / (1 + 0.9) of the draws count
+    chain = torch.zeros(4, 20000)
+    noise = torch.randn(4, 20000)
+    for t in range(1, 20000):
+        chain[:, t] = 0.9 * chain[:, t - 1] + noise[:, t]
+    assert effective_sample_size(chain) == pytest.approx(80000 / 19, rel=0.15)
+
+
+@pytest.mark.slow
+def test_average_of_spherical_langevin_finds_the_planted_direction():
+    # order-3 tensor PCA, d=30: the last iterate is noise, the mean of the iterates is not
+    d, strength, steps = 30, 40.0, 4000
+    last, mean = [], []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        v = torch.nn.functional.normalize(torch.randn(d), dim=0)
+        observed = strength * torch.einsum("i,j,k->ijk", v, v, v) + torch.randn(d, d, d)
+        x = torch.nn.functional.normalize(torch.randn(d), dim=0).requires_grad_()
+        optimizer = SGLD([x], lr=1 / d, n_data=1, seed=seed, sphere=True)
+        total = torch.zeros(d)
+        with torch.no_grad():
+            for _ in range(steps):
+                once = (observed @ x) @ x, x @ (observed @ x), torch.einsum("ijk,i,j->k", observed, x, x)
+                x.grad = -0.3 * sum(once)
+                optimizer.step()
+                total += x
+        last.append(abs(float(x.detach() @ v)))
+        mean.append(abs(float(torch.nn.functional.normalize(total, dim=0) @ v)))
+    assert sum(mean) > 2 * sum(last)
