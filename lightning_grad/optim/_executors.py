@@ -152,7 +152,7 @@ def run_compiled(owner: type, rule: Rule, group: Group, unit: Unit, h: Hyper, p:
     flags = tuple((k, v) for k, v in h.items() if isinstance(v, bool))
     scalars = tuple(k for k, v in h.items() if not isinstance(v, bool))
     maximize, rounding = group["maximize"], group["stochastic_rounding"]
-    key = (owner, dtype, p.device.type, tuple(names), flags, scalars, maximize, rounding, p.ndim, len(unit.rows))
+    key = (owner, dtype, p.device.type, tuple(names), flags, scalars, maximize, rounding, _shape_key(p), len(unit.rows))
     if key not in _compiled:
         _compiled[key] = _compile(rule, names, dtype, dict(flags), scalars, maximize, rounding)
     update = _compiled[key]
@@ -186,6 +186,11 @@ def run_compiled(owner: type, rule: Rule, group: Group, unit: Unit, h: Hyper, p:
     return True
 
 
+def _shape_key(p: Tensor) -> tuple[int, bool]:
+    """What decides the number of dimensions that the compiler sees."""
+    return p.ndim, p.ndim == 2 and p.shape[1] % _ROW_LANES == 0
+
+
 def _in_lanes(t: Tensor) -> Tensor:
     """The same numbers with a last dimension that the compiler knows, so that its inner loop needs no remainder."""
     if t.ndim == 1:
@@ -207,5 +212,7 @@ def _compile(
             if name in new_s:
                 tensor.copy_(new_s[name])
 
+    # The compiler files its results, and counts recompilations, under the code object: each rule needs its own.
+    update.__code__ = update.__code__.replace(co_name=f"update_{len(_compiled)}")
     compiled: Callable[..., None] = torch.compile(update, dynamic=True, fullgraph=True)
     return compiled
