@@ -55,6 +55,30 @@ def column_bytes(groups: int, columns: int, seed: int, counters: Counters, devic
     return out
 
 
+def both_bytes(rows: int, columns: int, seed: int, counters: Counters, device: torch.device) -> tuple[Tensor, Tensor]:
+    """:func:`row_bytes` and :func:`column_bytes` of one output gradient ``[rows, columns]``, from one Philox call.
+
+    A call costs more in operations than in numbers, so eager mode gains a third of it.
+    """
+    groups = (rows + BLOCK - 1) // BLOCK
+    first = rows * columns // BLOCK
+    index = torch.empty(first + groups * columns, dtype=torch.int64, device=device)
+    role = torch.zeros_like(index)
+    torch.arange(first, out=index[:first])
+    grid = index[first:].view(groups, columns)
+    grid.copy_(torch.arange(columns, device=device) * groups)
+    grid.add_(torch.arange(groups, device=device)[:, None])
+    role[first:] = ROLE_COLUMNS
+    c1, c2, c3 = counters
+    words = philox4x32((index, c1, role + c2, c3), seed)
+    row = torch.empty(first, 4, dtype=torch.int32, device=device)
+    column = torch.empty(groups, BLOCK, columns, dtype=torch.uint8, device=device)
+    for i, word in enumerate(words):
+        row[:, i] = word[:first]
+        column[:, 4 * i : 4 * i + 4] = _bytes(word[first:].view(groups, columns)).transpose(1, 2)
+    return row.view(torch.uint8), column
+
+
 def column_byte_rows(groups: int, columns: int, seed: int, counters: Counters, device: torch.device) -> list[Tensor]:
     """:func:`column_bytes` as 16 separate rows ``[groups, columns]``, for compilers."""
     words = _column_words(groups, columns, seed, counters, device)

@@ -13,7 +13,7 @@ from lightning_grad.nvfp4 import format as fmt
 from lightning_grad.nvfp4.format import BLOCK, NVFP4Tensor, ScaleRounding
 from lightning_grad.nvfp4.hadamard import butterfly_rows, transform_columns
 from lightning_grad.nvfp4.recipe import Draw, NVFP4Recipe, Operand, Packed, Transpose
-from lightning_grad.nvfp4.stream import ROLE_COLUMNS, column_byte_rows, column_bytes, row_bytes
+from lightning_grad.nvfp4.stream import ROLE_COLUMNS, both_bytes, column_byte_rows, column_bytes, row_bytes
 
 #: Key in decimal, and counter words 1 to 3. As text the key is a constant of a compiled quantizer; inductor fails on
 #: the 64-bit arithmetic of a symbolic one.
@@ -128,16 +128,20 @@ def gradient(
     if stream is None:
         rounding = "nearest"
     out: tuple[Tensor, ...] = ()
+    k_row = k_column = None
+    if stream is not None and row and column and not torch.compiler.is_compiling():
+        k_row, k_column = both_bytes(dyb.shape[0], dyb.shape[1], int(stream[0]), stream[1:], dyb.device)
+    elif stream is not None and row:
+        k_row = row_bytes(dyb.numel() // BLOCK, int(stream[0]), stream[1:], dyb.device)
     if row:
-        k = None if stream is None else row_bytes(dyb.numel() // BLOCK, int(stream[0]), stream[1:], dyb.device)
-        out = rows_operand(dyb, rounding, k)
-    return (*out, *_gradient_columns(dyb, signs, rounding, stream)) if column else out
+        out = rows_operand(dyb, rounding, k_row)
+    return (*out, *_gradient_columns(dyb, signs, rounding, stream, k_column)) if column else out
 
 
 def _gradient_columns(
-    dyb: Tensor, signs: tuple[int, ...] | None, rounding: ScaleRounding, stream: Stream | None
+    dyb: Tensor, signs: tuple[int, ...] | None, rounding: ScaleRounding, stream: Stream | None, k: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Column operand of ``dyb``, fp32 holding bf16 values."""
+    """Column operand of ``dyb``, fp32 holding bf16 values; ``k`` are the random bytes if they exist already."""
     place: tuple[Any, ...] = ()
     if stream is not None:
         key, c1, c2, c3 = stream
@@ -146,7 +150,9 @@ def _gradient_columns(
     if torch.compiler.is_compiling():
         grid, _, scales, amax = _column_rows(dyb, signs, rounding, column_byte_rows(*place) if place else None)
         return torch.stack([q * scales for q in grid], dim=1).flatten(0, 1), amax
-    values, amax = operand(_groups(dyb, signs), (1,), rounding, column_bytes(*place) if place else None)
+    if k is None and place:
+        k = column_bytes(*place)
+    values, amax = operand(_groups(dyb, signs), (1,), rounding, k)
     return values.flatten(0, 1), amax
 
 
