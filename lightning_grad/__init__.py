@@ -12,6 +12,7 @@ from lightning_grad.callbacks import (
     InnerProductTest,
     NoiseScale,
     NormTest,
+    DynamicSampleAllocation,
     NVFP4Monitor,
     NVFP4PrecisionSwitch,
     OptimizerStats,
@@ -41,6 +42,7 @@ from lightning_grad.optim import (
 )
 from lightning_grad.optim.groups import param_groups
 from lightning_grad.precision import NVFP4FSDPPrecision, NVFP4Precision
+from lightning_grad.sampling import RolloutDataModule
 from lightning_grad.strategies import ElasticSPSAStrategy, SharedSeedSPSAStrategy
 
 __version__ = "0.1.0.dev0"
@@ -61,6 +63,7 @@ __all__ = [
     "ChecksumCheckpointIO",
     "CoordinateNormTest",
     "DiffGrad",
+    "DynamicSampleAllocation",
     "ElasticSPSAStrategy",
     "InnerProductTest",
     "IterateAveraging",
@@ -79,6 +82,7 @@ __all__ = [
     "RandomStateCheckpoint",
     "ResumableDataLoader",
     "ResumableSampler",
+    "RolloutDataModule",
     "SamplesLR",
     "SharedSeedSPSAStrategy",
     "__version__",

@@ -68,3 +68,47 @@ def systematic_sample(probs: Tensor, num_samples: int, generator: torch.Generato
     points = (torch.arange(num_samples, dtype=torch.float64) + offset) / max(num_samples, 1) * edges[-1]
     index = torch.searchsorted(edges, points, right=True).clamp_max(probs.numel() - 1)
     return index[torch.randperm(num_samples, generator=generator)]
+
+
+def linear_head_scores(hidden: Tensor, logits: Tensor, target: Tensor, *, bias: bool = True) -> Tensor:
+    r"""Gradient norm of a linear softmax head per example, :math:`\|\mathrm{softmax}(z) - \mathrm{onehot}\| \|h\|`.
+
+    Args:
+        hidden: Inputs of the head ``[B, d]``.
+        logits: Its outputs ``[B, C]``.
+        target: Classes ``[B]``.
+        bias: Whether the head has a bias, whose gradient is then part of the norm.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    delta = torch.softmax(logits.detach().to(dtype), -1)
+    delta.scatter_add_(-1, target[:, None], torch.full_like(delta[:, :1], -1.0))
+    norms: Tensor = delta.norm(dim=-1) * (hidden.detach().to(dtype).square().sum(-1) + float(bias)).sqrt()
+    return norms
+
+
+def stratified_sample(
+    strata: Tensor, counts: Tensor, num_samples: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    r"""Draw ``counts[h]`` examples of every stratum, without replacement as long as there are any.
+
+    Args:
+        strata: Stratum of each example, int64 ``[m]``.
+        counts: Examples to draw per stratum ``[H]``, summing to ``num_samples``; >= 1 for strata with examples.
+        num_samples: Draws.
+        generator: CPU generator.
+
+    Returns:
+        Shuffled indices ``[num_samples]`` and loss weights :math:`W_h n / n_h`, whose mean-weighted loss is unbiased.
+    """
+    chosen, weights = [], []
+    for h, count in enumerate(counts.tolist()):
+        members = (strata == h).nonzero()[:, 0]
+        if not len(members) or not count:
+            continue
+        rounds = -(-count // len(members))
+        order = torch.cat([members[torch.randperm(len(members), generator=generator)] for _ in range(rounds)])
+        chosen.append(order[:count])
+        share = len(members) / len(strata)
+        weights.append(torch.full((count,), share * num_samples / count, dtype=torch.float64))
+    shuffle = torch.randperm(num_samples, generator=generator)
+    return torch.cat(chosen)[shuffle], torch.cat(weights)[shuffle]

@@ -18,6 +18,7 @@ from lightning_grad.callbacks.nvfp4_switch import NVFP4PrecisionSwitch
 from lightning_grad.callbacks.optimizer_stats import OptimizerStats
 from lightning_grad.callbacks.posterior_samples import PosteriorSamples
 from lightning_grad.callbacks.random_state import RandomStateCheckpoint
+from lightning_grad.callbacks.sample_allocation import DynamicSampleAllocation
 
 __all__ = [
     "CABS",
@@ -34,6 +35,7 @@ __all__ = [
     "OptimizerStats",
     "BindDataSize",
     "IterateAveraging",
+    "DynamicSampleAllocation",
     "NVFP4Monitor",
     "NVFP4PrecisionSwitch",
     "OptimizerStats",

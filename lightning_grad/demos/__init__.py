@@ -3,10 +3,21 @@
 The data modules use optional packages only when set up.
 """
 
+from lightning_grad.demos.arithmetic_policy import ArithmeticPolicy, ArithmeticPrompts
 from lightning_grad.demos.curves import RecordMetrics
 from lightning_grad.demos.digits import DigitsCNN, DigitsData, DigitsMLP
 from lightning_grad.demos.source_text import SourceText
 from lightning_grad.demos.summary import PrintSummary
 from lightning_grad.demos.tiny_gpt import TinyGPT
 
-__all__ = ["DigitsCNN", "DigitsData", "DigitsMLP", "PrintSummary", "RecordMetrics", "SourceText", "TinyGPT"]
+__all__ = [
+    "ArithmeticPolicy",
+    "ArithmeticPrompts",
+    "DigitsCNN",
+    "DigitsData",
+    "DigitsMLP",
+    "PrintSummary",
+    "RecordMetrics",
+    "SourceText",
+    "TinyGPT",
+]

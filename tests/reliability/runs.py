@@ -22,12 +22,14 @@ from torch.utils.data import Dataset
 
 from lightning_grad import (
     ChecksumCheckpointIO,
+    DynamicSampleAllocation,
     NVFP4Precision,
     NVFP4PrecisionSwitch,
     RandomStateCheckpoint,
     ResumableDataLoader,
     SharedSeedSPSAStrategy,
 )
+from tests.rollout_models import RolloutRun
 
 NUM_SAMPLES, BATCH_SIZE, CONTEXT = 22, 4, 16
 STEPS_PER_EPOCH = 6  # 22 samples in batches of 4: the last batch is smaller
@@ -124,6 +126,11 @@ CASES = [
         "nvfp4",
         callbacks=lambda: [NVFP4PrecisionSwitch(9)],
         trainer=lambda: {"plugins": [NVFP4Precision(keep_last=0)], "accumulate_grad_batches": 2},
+    ),
+    Case(
+        "sample_allocation",
+        model=RolloutRun,
+        callbacks=lambda: [DynamicSampleAllocation(steps_per_iteration=6, save_rollouts=True, patience_empty=9)],
     ),
 ]
 

@@ -34,6 +34,7 @@ LAYERS = {
     "checkpoint_io": 2,
     "callbacks": 2,
     "precision": 2,
+    "sampling": 2,
     "strategies": 2,
     "demos": 2,
     # the front

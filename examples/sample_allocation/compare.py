@@ -1,0 +1,107 @@
+"""An even split against allocated samples on ArithmeticChain: variance of the gradient, and accuracy at equal budget.
+
+    python examples/sample_allocation/compare.py [--short]
+
+Prints the tables of the README and draws compare.png (with --short: a few steps, drawn into the working directory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_grad import DynamicSampleAllocation
+from lightning_grad.allocation.e_step import EStep
+from lightning_grad.allocation.planner import AllocationRule
+from lightning_grad.demos import ArithmeticPolicy, ArithmeticPrompts
+from lightning_grad.demos import arithmetic as chain
+from lightning_grad.demos.arithmetic_oracle import gradient_statistics, planned_ratios
+
+HERE = Path(__file__).parent
+EVEN = 10**9
+
+
+def base_model(steps: int) -> ArithmeticPolicy:
+    model = ArithmeticPolicy(base_steps=0)
+    chain.train_base(model.policy, steps)
+    return model.eval()
+
+
+def variance_table(model: ArithmeticPolicy, prompts: int, samples: int, repetitions: int) -> None:
+    loader = ArithmeticPrompts(prompts, seed=3).loader
+    tokens = torch.stack([tokens for tokens, _ in loader.prompts])
+    answers = torch.tensor([answer for _, answer in loader.prompts])
+    truth = gradient_statistics(model.policy, tokens, answers, samples, rejected=40)
+    print("| objective | rule | pilots | variance / even split |\n|---|---|---|---|")
+    for objective, pilots in (("em", 4), ("em", 8), ("em", 16), ("reward_baseline", 8)):
+        e_step = EStep(AllocationRule(objective=objective), pilot_mode="discard", pilot_samples=pilots)
+        ratios = planned_ratios(truth, e_step, model, loader.prompts, 8 * prompts, repetitions)
+        print(f"| {objective} | its own | {pilots} | {ratios.mean():.3f} ± {ratios.std():.3f} |", flush=True)
+    e_step = EStep(AllocationRule(), pilot_mode="discard", pilot_samples=8)
+    plan = e_step.pilot_plan(model, loader.prompts, 8 * prompts, seed=0).counts.clamp_min(1)
+    even = torch.full_like(plan, 8)
+    for objective in ("reward", "reward_baseline"):
+        ratio = truth.variance(plan, objective) / truth.variance(even, objective)
+        print(f"| {objective} | that of em | 8 | {ratio:.3f} |", flush=True)
+
+
+def train(state: dict[str, torch.Tensor], warmup: int, epochs: int) -> list[float]:
+    pl.seed_everything(0, verbose=False)
+    model = ArithmeticPolicy(base_steps=0)
+    model.load_state_dict(state)
+    curve = [model.held_out_accuracy()]
+
+    class Record(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            curve.append(model.held_out_accuracy())
+
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        gradient_clip_val=5.0,
+        callbacks=[DynamicSampleAllocation(warmup_iterations=warmup), Record()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=ArithmeticPrompts(128))
+    return curve
+
+
+def main() -> None:
+    import matplotlib.pyplot as plt
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="a few steps, to see that everything works")
+    short = parser.parse_args().short
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    torch.set_num_threads(1)
+    model = base_model(30 if short else 800)
+    if short:
+        variance_table(model, 4, 40, 2)
+    else:
+        variance_table(model, 64, 300, 10)
+    state = model.state_dict()
+    epochs = 1 if short else 10
+    print(f"\n| samples | held-out accuracy after 0 ... {epochs} iterations |\n|---|---|")
+    for name, warmup in (("even split", EVEN), ("allocated", 0)):
+        curve = train(state, warmup, epochs)
+        print(f"| {name} | " + " ".join(f"{value:.3f}" for value in curve) + " |", flush=True)
+        plt.plot(curve, "o-", label=name)
+    plt.xlabel("iteration (8 samples per prompt)")
+    plt.ylabel("held-out accuracy")
+    plt.legend()
+    target = Path("compare.png") if short else HERE / "compare.png"
+    plt.savefig(target, dpi=100, bbox_inches="tight")
+    print(f"drawn: {target}")
+
+
+if __name__ == "__main__":
+    main()

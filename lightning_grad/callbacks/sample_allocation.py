@@ -1,0 +1,492 @@
+"""Decide how many samples each prompt (or how often each example) gets, so that the gradient varies least."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad._lightning import refuse_twin
+from lightning_grad._validate import check_choice, check_int, check_range
+from lightning_grad.allocation.e_step import EStep, Iteration, PilotMode, Processes, seed_for
+from lightning_grad.allocation.estimators import AdvantageKind, Estimator
+from lightning_grad.allocation.history import Moment, PromptHistory
+from lightning_grad.allocation.integer import Rounding
+from lightning_grad.allocation.planner import AllocationRule, Cost
+from lightning_grad.allocation.sample_weights import ZeroPolicy
+from lightning_grad.allocation.scoring import GradNorm, needed_method
+from lightning_grad.callbacks._supervised_allocation import ScoreHistory
+from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts, log_histogram, log_scalars
+from lightning_grad.data.rollouts import RolloutLoader, SamplingModule
+from lightning_grad.data.weighted import AllocatedLoader
+
+AllocationObjective = Literal["em", "reward", "reward_baseline", "importance", "strata"]
+_SUPERVISED = ("importance", "strata")
+_NOT_LOGGED = ("accepted", "generated")
+
+
+class DynamicSampleAllocation(TensorBoardCharts):
+    r"""Give every prompt as many samples as keeps the variance of the gradient lowest, under a fixed total.
+
+    Once per iteration (an epoch): draw a few pilot samples per prompt or use what is remembered, estimate acceptance
+    rate :math:`p_i` and score norm :math:`G_i`, split the budget with :math:`n_i \propto w_i`, generate, and train on
+    the weighted samples. With ``objective="em"``, :math:`w_i = G_i / \sqrt{p_i + \alpha p_i^{1-\beta}}`; the reward
+    objectives have rules of their own, for which this one would be worse than an even split.
+
+    The module implements :class:`lightning_grad.data.rollouts.SamplingModule`, its data is a
+    :class:`lightning_grad.sampling.RolloutDataModule`, its loss
+    :func:`lightning_grad.data.rollouts.weighted_policy_loss`. With ``objective="importance"`` or ``"strata"`` ordinary
+    examples are drawn instead, from an :class:`lightning_grad.data.weighted.AllocatedLoader`; ``training_step`` then
+    returns ``{"loss": ..., "score": [B]}``, or the module has ``per_example_score(batch)``.
+
+    Args:
+        samples_per_prompt: Mean samples per prompt, > 0.
+        budget: Samples of an iteration; ``None``: ``samples_per_prompt`` times the prompts.
+        objective: ``"em"`` mean log p (rejection sampling), ``"reward"`` mean reward without a baseline,
+            ``"reward_baseline"`` with one (RLOO, GRPO), ``"importance"`` or ``"strata"`` for ordinary examples.
+        estimator: Weights of ``em``: ``"self_normalized"``; ``"horvitz_thompson"``, whose variance the rule minimises;
+            ``"flat"``, as published.
+        advantage: Baseline of ``reward_baseline``: ``"loo"`` (unbiased), ``"mean"`` or ``"mean_std"``.
+        pilot_mode: ``"reuse"`` counts the pilots as samples; ``"discard"`` draws them in addition; ``"history"`` draws
+            none and plans by the samples of earlier visits.
+        pilot_samples: Pilots per prompt, >= 1.
+        history_decay: Factor in [0, 1] on what is remembered of a prompt at its next visit.
+        warmup_iterations: First iterations with an even split and no pilots.
+        alpha: Damping of hopeless prompts in ``em``, >= 0.
+        beta: Its exponent, >= 1.
+        prior: Beta prior of the acceptance rates; ``None``: none.
+        zero_policy: ``"keep"`` gives prompts without an accepted pilot the median norm, ``"drop"`` no samples.
+        shrink: Mix of the weights with uniform, in [0, 1]. ``None``: 0 for ``em``, 0.5 for the reward objectives.
+        min_samples: Least samples per prompt, >= 0.
+        max_samples: Most samples per prompt.
+        rounding: ``"optimal"`` integers or the ``"largest_remainder"`` rule.
+        cost: What the budget counts: ``"samples"`` or ``"tokens"``.
+        grad_norm: Source of norms: ``"head"`` (no backward pass), ``"token"``, ``"full"``, ``"module"``, ``"none"``.
+        moment: ``"rms"`` or ``"mean"`` of the norms.
+        grad_norm_params: Parameter names for ``grad_norm="full"``.
+        accept_threshold: A sample is accepted if its reward is above.
+        prompts_per_iteration: Prompts of an iteration, in turn; ``None``: all.
+        steps_per_iteration: Micro-batches into which the samples of an iteration are cut.
+        every_n_epochs: Epochs on the same samples.
+        uniform_mix: Uniform part of the ``importance`` probabilities, in [0, 1]; bounds the weights by its inverse.
+        activate_below: ``importance`` starts once the predicted variance ratio is below this.
+        patience_empty: Iterations without one accepted sample until an error is raised.
+        max_weight_ratio: Cut weights at this multiple of their mean, >= 1; then no estimator is unbiased.
+        log_histograms: Write histograms to TensorBoard.
+        save_rollouts: Put the samples into checkpoints. Without them a run resumed in mid-epoch generates anew.
+        seed: Seed of pilots, samples and order.
+
+    Raises:
+        ValueError: An argument is out of range, or two do not fit.
+        MisconfigurationException: The module or the loader lacks what is needed.
+
+    State: iteration, position, plan, decayed sums per prompt, totals; with ``save_rollouts`` the samples.
+
+    Source: arXiv 2505.02391, Algorithms 1 and 2; differences in ``docs/methods/sample_allocation.md``.
+    """
+
+    def __init__(
+        self,
+        samples_per_prompt: float = 8.0,
+        budget: int | None = None,
+        objective: AllocationObjective = "em",
+        estimator: Estimator = "self_normalized",
+        advantage: AdvantageKind = "loo",
+        pilot_mode: PilotMode = "reuse",
+        pilot_samples: int = 4,
+        history_decay: float = 0.5,
+        warmup_iterations: int = 0,
+        alpha: float = 1e-3,
+        beta: float = 2.0,
+        prior: tuple[float, float] | None = (0.5, 0.5),
+        zero_policy: ZeroPolicy = "keep",
+        shrink: float | None = None,
+        min_samples: int = 1,
+        max_samples: int | None = None,
+        rounding: Rounding = "optimal",
+        cost: Cost = "samples",
+        grad_norm: GradNorm = "head",
+        moment: Moment = "rms",
+        grad_norm_params: list[str] | None = None,
+        accept_threshold: float = 0.5,
+        prompts_per_iteration: int | None = None,
+        steps_per_iteration: int = 4,
+        every_n_epochs: int = 1,
+        uniform_mix: float = 0.1,
+        activate_below: float = 0.9,
+        patience_empty: int = 3,
+        max_weight_ratio: float | None = None,
+        log_histograms: bool = True,
+        save_rollouts: bool = False,
+        seed: int = 0,
+    ) -> None:
+        # for the check that a checkpoint was made with the same settings
+        settings = {k: v for k, v in locals().items() if k not in ("self", "log_histograms", "save_rollouts")}
+        self._settings = hashlib.sha256(repr(sorted(settings.items(), key=str)).encode()).hexdigest()
+        check_choice("objective", objective, ("em", "reward", "reward_baseline", *_SUPERVISED))
+        self.supervised = objective in _SUPERVISED
+        self.samples_per_prompt = check_range("samples_per_prompt", samples_per_prompt, 0.0, float("inf"), "()")
+        self.budget = None if budget is None else check_int("budget", budget, 1)
+        self.objective = objective
+        self.history_decay = check_range("history_decay", history_decay, 0.0, 1.0)
+        self.warmup_iterations = check_int("warmup_iterations", warmup_iterations, 0)
+        self.prompts_per_iteration = prompts_per_iteration
+        if prompts_per_iteration is not None:
+            check_int("prompts_per_iteration", prompts_per_iteration, 1)
+        self.steps_per_iteration = check_int("steps_per_iteration", steps_per_iteration, 1)
+        self.every_n_epochs = check_int("every_n_epochs", every_n_epochs, 1)
+        self.uniform_mix = check_range("uniform_mix", uniform_mix, 0.0, 1.0)
+        self.activate_below = check_range("activate_below", activate_below, 0.0, float("inf"), "[)")
+        self.patience_empty = check_int("patience_empty", patience_empty, 1)
+        self.log_histograms, self.save_rollouts = log_histograms, save_rollouts
+        self.seed = check_int("seed", seed, 0)
+        self.rule = AllocationRule(
+            "em" if self.supervised else objective,  # type: ignore[arg-type]
+            alpha, beta, None if prior is None else (prior[0], prior[1]), zero_policy, shrink, min_samples, max_samples,
+            rounding, cost,
+        )  # fmt: skip
+        self.e_step = EStep(
+            self.rule, estimator, advantage, pilot_mode, pilot_samples, grad_norm, moment,
+            None if grad_norm_params is None else tuple(grad_norm_params), accept_threshold, max_weight_ratio,
+        )  # fmt: skip
+        if budget is None and not self.supervised and pilot_mode == "reuse" and pilot_samples > samples_per_prompt:
+            raise ValueError(
+                f"pilot_mode='reuse' with pilot_samples={pilot_samples} leaves nothing to allocate at"
+                f" samples_per_prompt={samples_per_prompt:g}; use fewer pilots or 'discard'."
+            )
+        self.iteration = -1
+        self.generated = 0
+        self.plan: Tensor | None = None
+        self.history: PromptHistory | None = None
+        self._pass = 0  # epochs on the samples of this iteration, before the running one
+        self._position = 0  # batches done
+        self._empty = 0
+        self._loader: RolloutLoader | None = None
+        self._scores: ScoreHistory | None = None
+        self._who = Processes()
+        self._restored: dict[str, Any] | None = None
+        self._prepared = False
+
+    @classmethod
+    def reference(cls, **changes: Any) -> DynamicSampleAllocation:
+        """The published pipeline: discarded pilots, no smoothing, hopeless prompts dropped, flat weights."""
+        published: dict[str, Any] = {
+            "pilot_mode": "discard", "pilot_samples": 8, "alpha": 1e-3, "beta": 2.0, "prior": None,
+            "zero_policy": "drop", "min_samples": 0, "rounding": "largest_remainder", "moment": "mean",
+            "estimator": "flat",
+        }  # fmt: skip
+        return cls(**(published | changes))
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return "DynamicSampleAllocation"
+
+    @override
+    def tensorboard_charts(self, trainer: pl.Trainer) -> Charts:
+        """Variance against an even split, budget, and acceptance."""
+        return {
+            "alloc": {
+                "predicted variance, 1 = even split": ["alloc/variance_ratio"],
+                "samples of a prompt": ["alloc/n_min", "alloc/n_max"],
+                "acceptance": ["alloc/acceptance_rate", "alloc/zero_accept_frac", "alloc/missing_frac"],
+                "acceptance by difficulty": ["alloc/acceptance_difficulty_*"],
+            }
+        }
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        refuse_twin(trainer)
+        if stage != "fit":
+            return
+        reload: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        if reload:
+            raise MisconfigurationException(
+                "DynamicSampleAllocation needs `reload_dataloaders_every_n_epochs=0`: a new epoch's samples go into the"
+                f" loader that exists, got {reload}."
+            )
+        self._who = _processes(trainer)
+        loader = getattr(getattr(trainer, "datamodule", None), "loader", None)
+        if isinstance(loader, RolloutLoader):
+            loader.steps_per_iteration = self.steps_per_iteration
+        if self.supervised:
+            return
+        name = type(pl_module).__name__
+        if not isinstance(pl_module, SamplingModule):
+            raise MisconfigurationException(
+                f"DynamicSampleAllocation(objective={self.objective!r}) needs a LightningModule with sample(prompts,"
+                f" counts, generator); {name} has none."
+            )
+        method = needed_method(self.e_step.grad_norm)
+        if method is not None and not hasattr(pl_module, method):
+            raise MisconfigurationException(
+                f"grad_norm={self.e_step.grad_norm!r} needs a LightningModule with {method}(rollouts); {name} has none."
+                " Add it or use grad_norm='none'."
+            )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loader = trainer.train_dataloader
+        wanted = AllocatedLoader if self.supervised else RolloutLoader
+        if not isinstance(loader, wanted):
+            raise MisconfigurationException(
+                f"DynamicSampleAllocation(objective={self.objective!r}) needs the training loader to be a"
+                f" {wanted.__name__}, got {type(loader).__name__}. A DataLoader reads its data before the first"
+                " allocation is made."
+            )
+        if isinstance(loader, AllocatedLoader):
+            kind, seed = self.objective, self.seed
+            self._scores = ScoreHistory(loader, kind, self.history_decay, self.uniform_mix, self.activate_below, seed)
+        else:
+            self._prepare_prompts(loader)
+        if self._restored is not None:
+            state, self._restored = self._restored, None
+            self._resume(trainer, pl_module, state)
+
+    def _prepare_prompts(self, loader: RolloutLoader) -> None:
+        if len(loader) != self.steps_per_iteration:
+            raise MisconfigurationException(
+                f"the RolloutLoader has steps_per_iteration={len(loader)}, DynamicSampleAllocation"
+                f" {self.steps_per_iteration}. Give both the same."
+            )
+        m = len(loader.prompts)
+        if self.prompts_per_iteration is not None and self.prompts_per_iteration > m:
+            raise MisconfigurationException(
+                f"prompts_per_iteration={self.prompts_per_iteration} exceeds the {m} prompts of the data."
+            )
+        self._loader = loader
+        if self.rule.floor > self.rule.min_samples:
+            rank_zero_info("DynamicSampleAllocation: min_samples is 2, which a baseline from other samples needs.")
+        at_least = self.e_step.pilot_samples if self.e_step.pilot_mode == "reuse" else 0
+        k = self.prompts_per_iteration or m
+        self.rule.even(k, self._budget(k), at_least=at_least)  # raises if the bounds do not admit the budget
+        if self.history is None or self.history.num_prompts != m:
+            self.history = PromptHistory(m, self.history_decay, self.e_step.moment)
+
+    def _budget(self, num_prompts: int) -> int:
+        return self.budget if self.budget is not None else round(self.samples_per_prompt * num_prompts)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._prepared:
+            self._begin(trainer, pl_module)
+        self._prepared = False
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._prepared = False
+        if self._scores is not None:
+            score = outputs.get("score") if isinstance(outputs, dict) else None
+            if score is None:
+                score = _score_by_module(pl_module, batch)
+            self._scores.add(batch["index"], score)
+            self._position = self._scores.loader.position
+        elif self._loader is not None:
+            self._position = self._loader.position
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the next epoch: new samples, or another pass over those that are there."""
+        if self._scores is not None:
+            self.iteration += 1
+            self._scores.fold(self._who)
+            report = self._scores.plan(self.iteration, self.iteration < self.warmup_iterations)
+            log_scalars(trainer, {f"alloc/{name}": value for name, value in report.items()})
+        elif self._loader is not None and self._loader.items is not None and self._pass + 1 < self.every_n_epochs:
+            self._pass += 1
+            self._loader.reshuffle(self._order_seed())
+        else:
+            self.iteration += 1
+            self._pass = 0
+            done = self._generate(pl_module, None)
+            self._remember(trainer, done)
+        self._position = 0
+
+    def _order_seed(self) -> int:
+        return seed_for(self.seed, self.iteration, self._who.rank, self._pass, 2)
+
+    def _prompts_now(self) -> Tensor:
+        """Indices of the prompts of this iteration: slices of a permutation, drawn anew when it is used up."""
+        assert self._loader is not None
+        m = len(self._loader.prompts)
+        k = self.prompts_per_iteration or m
+        if k == m:
+            return torch.arange(m)
+        turn, place = divmod(self.iteration, m // k)
+        order = torch.randperm(m, generator=torch.Generator().manual_seed(seed_for(self.seed, turn)))
+        return order[place * k : (place + 1) * k]
+
+    def _generate(self, pl_module: pl.LightningModule, counts: Tensor | None) -> Iteration:
+        assert self._loader is not None
+        assert self.history is not None
+        chosen = self._prompts_now()
+        modes = {module: module.training for module in pl_module.modules()}
+        pl_module.eval()
+        try:
+            with isolate_rng(), torch.no_grad():
+                torch.manual_seed(seed_for(self.seed, self.iteration, self._who.rank, 3))
+                done = self.e_step.run(
+                    pl_module,  # type: ignore[arg-type]
+                    [self._loader.prompts[i] for i in chosen.tolist()],
+                    self.history.of(chosen),
+                    self._budget(len(chosen)),
+                    seed=seed_for(self.seed, self.iteration),
+                    uniform=self.iteration < self.warmup_iterations,
+                    counts=counts,
+                    processes=self._who,
+                )
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        self._fill(done.items, 0)
+        return done
+
+    def _fill(self, items: dict[str, Tensor], position: int) -> None:
+        assert self._loader is not None
+        # each micro-batch estimates the gradient of the whole iteration, after the mean over processes
+        scale = self.steps_per_iteration * self._who.world
+        scaled = items | {"weight": (items["weight"] * scale)}
+        self._loader.fill(scaled, self._order_seed(), position)
+
+    def _remember(self, trainer: pl.Trainer, done: Iteration) -> None:
+        assert self.history is not None
+        chosen = self._prompts_now()
+        self.history.visit(chosen, done.sums)
+        self.plan = done.plan.counts
+        self.generated += int(done.report["generated"])
+        self._watch(done)
+        values = {f"alloc/{name}": value for name, value in done.report.items() if name not in _NOT_LOGGED}
+        values["alloc/generated_total"] = float(self.generated)
+        log_scalars(trainer, values | self._by_difficulty(chosen, done.sums))
+        if self.log_histograms:
+            log_histogram(trainer, "alloc/hist_n", done.plan.counts)
+            log_histogram(trainer, "alloc/hist_p", done.plan.p)
+            log_histogram(trainer, "alloc/hist_grad_norm", done.plan.grad_norm)
+
+    def _by_difficulty(self, chosen: Tensor, sums: Tensor) -> dict[str, float]:
+        assert self._loader is not None
+        if self._loader.difficulty is None:
+            return {}
+        level = self._loader.difficulty[chosen]
+        values = {}
+        for k in level.unique().tolist():
+            hits, trials = sums[level == k][:, :2].sum(0).tolist()
+            if trials:
+                values[f"alloc/acceptance_difficulty_{k}"] = hits / trials
+        return values
+
+    def _watch(self, done: Iteration) -> None:
+        if done.report["unscorable"]:
+            rank_zero_warn(
+                f"DynamicSampleAllocation: {done.report['unscorable']:.0f} samples of iteration {self.iteration} have a"
+                " reward that is not finite; they count as not drawn."
+            )
+        if done.plan.fallback:
+            rank_zero_warn(
+                "DynamicSampleAllocation: no prompt has a positive, finite weight; samples are split evenly."
+            )
+        if done.report["accepted"]:
+            self._empty = 0
+            return
+        self._empty += 1
+        if self._empty >= self.patience_empty:
+            raise RuntimeError(
+                f"DynamicSampleAllocation: no sample was accepted in {self._empty} iterations in a row. Use easier"
+                " prompts, more samples_per_prompt or a lower accept_threshold."
+            )
+        rank_zero_warn(f"DynamicSampleAllocation: no sample of iteration {self.iteration} was accepted.")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "version": 1, "iteration": self.iteration, "pass": self._pass, "position": self._position,
+            "generated": self.generated, "empty": self._empty, "settings": self._settings, "plan": self.plan,
+            "history": None if self.history is None else self.history.state_dict(), "rollouts": None,
+            "scores": None if self._scores is None else self._scores.state_dict(self._who),
+        }  # fmt: skip
+        if self.save_rollouts and self._loader is not None and self._loader.items is not None:
+            state["rollouts"] = _gathered(self._loader.items, self._who)
+        return state
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("version") != 1:
+            raise ValueError(
+                f"DynamicSampleAllocation: the saved state has version {state_dict.get('version')!r}, this release"
+                " reads 1. Resume with the release that wrote it, or leave the callback out."
+            )
+        self._restored = state_dict
+
+    def _resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any]) -> None:
+        if state["settings"] != self._settings:
+            rank_zero_warn("DynamicSampleAllocation: the checkpoint was written with other settings; these are used.")
+        self.iteration, self._pass, self._position = state["iteration"], state["pass"], state["position"]
+        self.generated, self._empty, self.plan = state["generated"], state["empty"], state["plan"]
+        if self.history is not None and state["history"] is not None:
+            self.history.load_state_dict(state["history"])
+        if self._scores is not None:
+            self._scores.load_state_dict(state["scores"], self._who, self._position)
+        steps = int(trainer.num_training_batches)
+        finished = self.iteration < 0 or self._position >= steps
+        needed = not finished or self._pass + 1 < self.every_n_epochs  # this epoch's rest, or further passes
+        if self._loader is not None and self.iteration >= 0 and needed:
+            self._refill(pl_module, state["rollouts"])
+        if finished:  # Lightning may go on with the next epoch without announcing it
+            self._begin(trainer, pl_module)
+            self._prepared = True
+        elif self._position == 0:
+            self._prepared = True
+
+    def _refill(self, pl_module: pl.LightningModule, saved: list[dict[str, Tensor]] | None) -> None:
+        assert self._loader is not None
+        if saved is not None and len(saved) == self._who.world:
+            self._loader.fill(saved[self._who.rank], self._order_seed(), self._position)
+            return
+        rank_zero_warn(
+            "DynamicSampleAllocation: the checkpoint holds no samples for this run; they are generated anew by the"
+            " model as it is now. save_rollouts=True makes a run resumed in mid-epoch exact."
+        )
+        position = self._position
+        self._generate(pl_module, self.plan)
+        self._loader.reshuffle(self._order_seed(), position)
+
+
+def _score_by_module(pl_module: pl.LightningModule, batch: Any) -> Tensor:
+    if not hasattr(pl_module, "per_example_score"):
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__}.training_step must return a dict with 'loss' and 'score' (one number per"
+            " example), or the module must have per_example_score(batch)."
+        )
+    with torch.no_grad():
+        score: Tensor = pl_module.per_example_score(batch)  # type: ignore[operator]
+    return score
+
+
+def _processes(trainer: pl.Trainer) -> Processes:
+    if trainer.world_size == 1:
+        return Processes()
+    device = trainer.strategy.root_device
+
+    def add(value: Tensor) -> Tensor:
+        total = value.to(device)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    return Processes(trainer.global_rank, trainer.world_size, add)
+
+
+def _gathered(items: dict[str, Tensor], who: Processes) -> list[dict[str, Tensor]]:
+    if who.world == 1:
+        return [items]
+    everyone: list[Any] = [None] * who.world
+    dist.all_gather_object(everyone, items)
+    return everyone
