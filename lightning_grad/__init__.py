@@ -24,6 +24,8 @@ from lightning_grad.callbacks import (
     PosteriorSamples,
     RandomStateCheckpoint,
 )
+from lightning_grad.callbacks import NVFP4Monitor, NVFP4PrecisionSwitch, OptimizerStats, RandomStateCheckpoint
+from lightning_grad.callbacks.stability import SGDTemperatureMonitor, StabilityMonitor
 from lightning_grad.checkpoint_io import ChecksumCheckpointIO
 from lightning_grad.data import AdaptiveDataLoader, ResumableDataLoader, ResumableSampler
 from lightning_grad.optim import (
@@ -84,7 +86,9 @@ __all__ = [
     "ResumableSampler",
     "RolloutDataModule",
     "SamplesLR",
+    "SGDTemperatureMonitor",
     "SharedSeedSPSAStrategy",
+    "StabilityMonitor",
     "__version__",
     "param_groups",
 ]

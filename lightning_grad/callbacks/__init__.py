@@ -19,6 +19,7 @@ from lightning_grad.callbacks.optimizer_stats import OptimizerStats
 from lightning_grad.callbacks.posterior_samples import PosteriorSamples
 from lightning_grad.callbacks.random_state import RandomStateCheckpoint
 from lightning_grad.callbacks.sample_allocation import DynamicSampleAllocation
+from lightning_grad.callbacks.stability import SGDTemperatureMonitor, StabilityMonitor
 
 __all__ = [
     "CABS",
@@ -41,4 +42,6 @@ __all__ = [
     "OptimizerStats",
     "PosteriorSamples",
     "RandomStateCheckpoint",
+    "SGDTemperatureMonitor",
+    "StabilityMonitor",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -28,6 +30,7 @@ from lightning_grad import (
     RandomStateCheckpoint,
     ResumableDataLoader,
     SharedSeedSPSAStrategy,
+    StabilityMonitor,
 )
 from tests.rollout_models import RolloutRun
 
@@ -121,6 +124,11 @@ CASES = [
         "spsa_without_weights",
         optimizer=lambda params: torch.optim.SGD(params, lr=1e-3),
         trainer=lambda: {"strategy": SharedSeedSPSAStrategy(forward_mode="train", weights_in_checkpoint=False)},
+    ),
+    Case(
+        "stability_monitor",
+        callbacks=lambda: [StabilityMonitor(every_n_steps=2, k=2, num_probes=1)],
+        trainer=lambda: {"accumulate_grad_batches": 2, "logger": CSVLogger(tempfile.mkdtemp())},
     ),
     Case(
         "nvfp4",

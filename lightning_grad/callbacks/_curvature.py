@@ -1,0 +1,145 @@
+"""What the curvature callbacks share: the Hessian of a module's training loss, when it is due, and who may ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor
+from torch.optim import SGD, Adam, Optimizer
+from torchmetrics import Metric
+
+from lightning_grad.statistics.curvature import HessianOperator, Mode, adam_scale
+
+
+@contextmanager
+def curvature_operator(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, mode: Mode = "auto", preconditioned: bool = False
+) -> Iterator[HessianOperator]:
+    """Yield the Hessian of the training loss on ``batch``, averaged over processes; leaves no trace in the module.
+
+    The loss is ``pl_module.curvature_loss(batch)`` if there is such a method, else that of ``training_step(batch, 0)``,
+    with logging off and the metrics' states put back. Without autocast, in the module's present mode.
+    """
+    params = [p for p in pl_module.parameters() if p.requires_grad]
+    scale = adam_scale(trainer.optimizers[0], params) if preconditioned else None
+    reduce = _mean_over_processes if _num_processes() > 1 else None
+    with (
+        _quiet(pl_module),
+        HessianOperator(
+            _loss_function(pl_module, batch), params, mode, module=pl_module, reduce=reduce, scale=scale
+        ) as operator,
+    ):
+        yield operator
+
+
+def _loss_function(pl_module: pl.LightningModule, batch: Any) -> Callable[[], Tensor]:
+    own = getattr(pl_module, "curvature_loss", None)
+
+    def loss() -> Tensor:
+        output = own(batch) if own is not None else pl_module.training_step(batch, 0)
+        value = output["loss"] if isinstance(output, dict) else output
+        if not isinstance(value, Tensor):
+            name = type(pl_module).__name__
+            raise MisconfigurationException(
+                f"{name}.training_step returned no loss, so it has no curvature. Define {name}.curvature_loss(batch)."
+            )
+        return value
+
+    return loss
+
+
+@contextmanager
+def _quiet(pl_module: pl.LightningModule) -> Iterator[None]:
+    """Logging does nothing, and states of metrics are put back."""
+    metrics = [(m, {k: _copied(v) for k, v in vars(m).items()}) for m in pl_module.modules() if isinstance(m, Metric)]
+    names = ("log", "log_dict")
+    own = {name: vars(pl_module)[name] for name in names if name in vars(pl_module)}
+    for name in names:
+        object.__setattr__(pl_module, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        for name in names:
+            object.__delattr__(pl_module, name)
+            if name in own:
+                object.__setattr__(pl_module, name, own[name])
+        for metric, saved in metrics:
+            vars(metric).clear()
+            vars(metric).update(saved)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return type(value)(value) if type(value) in (list, dict) else value
+
+
+def _num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
+    dist.all_reduce(value)
+    return value / _num_processes()
+
+
+def check_supported(name: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuse what the Hessian of a whole model on the current batch cannot be had from.
+
+    Raises:
+        MisconfigurationException: A sharding strategy, several optimizers, or manual optimization without
+            ``curvature_loss``.
+        ValueError: Parameters of low precision, complex, or on several devices.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise MisconfigurationException(
+            f"{name} needs whole parameters and works with one device or DDPStrategy; the strategy is"
+            f" {type(trainer.strategy).__name__}."
+        )
+    if len(trainer.optimizers) != 1:
+        raise MisconfigurationException(f"{name} needs one optimizer; the model has {len(trainer.optimizers)}.")
+    if not pl_module.automatic_optimization and not hasattr(pl_module, "curvature_loss"):
+        raise MisconfigurationException(
+            f"{name}: with manual optimization there is no loss to differentiate again. Define"
+            f" {type(pl_module).__name__}.curvature_loss(batch)."
+        )
+    HessianOperator(lambda: torch.zeros(()), [p for p in pl_module.parameters() if p.requires_grad])
+
+
+def first_of_window(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether ``batch_idx`` begins a window of gradient accumulation."""
+    return batch_idx % trainer.accumulate_grad_batches == 0
+
+
+def samples_per_step(trainer: pl.Trainer, batch: Any) -> int:
+    """Samples of an optimizer step, taking the other micro-batches for as large as ``batch``."""
+    return extract_batch_size(batch) * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def momentum_of(optimizer: Optimizer) -> float:
+    """Momentum of the first group: ``momentum``, or the first of ``betas``."""
+    group = optimizer.param_groups[0]
+    return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
+
+
+def is_sgd(optimizer: Optimizer) -> bool:
+    """Whether torch's SGD does the steps, or a subclass."""
+    return isinstance(optimizer, SGD)
+
+
+def is_adam(optimizer: Optimizer) -> bool:
+    """Whether torch's Adam or AdamW does the steps, without the running maximum."""
+    return isinstance(optimizer, Adam | torch.optim.AdamW) and not optimizer.param_groups[0]["amsgrad"]
+
+
+def learning_rate(optimizer: Optimizer) -> float:
+    """The largest learning rate of the groups."""
+    return max(float(group["lr"]) for group in optimizer.param_groups)

@@ -1,0 +1,288 @@
+"""How close the learning rate is to the limits of stability, and how noisy the steps are."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from lightning_grad._lightning import logging_step
+from lightning_grad._validate import check_choice, check_int
+from lightning_grad.callbacks._curvature import (
+    check_supported,
+    curvature_operator,
+    first_of_window,
+    is_adam,
+    is_sgd,
+    learning_rate,
+    momentum_of,
+    samples_per_step,
+)
+from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts, log_scalars
+from lightning_grad.statistics.curvature import HessianOperator, Mode, rademacher
+from lightning_grad.statistics.curvature_lanczos import lanczos
+from lightning_grad.statistics.curvature_trace import hutchinson
+from lightning_grad.statistics.stability import stability_limits
+
+
+class _StepHook(TensorBoardCharts):
+    """Calls ``_on_step`` right before each step, after other callbacks have set its learning rate."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach to the optimizer."""
+        self._detach()
+
+        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._on_step(trainer, optimizer)
+
+        self._handle = trainer.optimizers[0].register_step_pre_hook(hook)
+
+    def _on_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        raise NotImplementedError
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Detach."""
+        self._detach()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Detach."""
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+class StabilityMonitor(_StepHook):
+    r"""Log the sharpness and trace of the Hessian and how the learning rate compares with what they allow.
+
+    Every ``every_n_steps`` optimizer steps, on the first micro-batch of the step: ``k`` Lanczos steps for
+    :math:`\lambda_{\max}` and ``num_probes`` random probes (the Lanczos start is one) for :math:`\mathrm{tr} H` and
+    :math:`\|H\|_F`. The limits are those of :func:`lightning_grad.statistics.stability.stability_limits`: they hold
+    near a minimum that fits the data, for the optimizer named; elsewhere they are diagnostics. For Adam and AdamW the
+    eigenvalue is that of the preconditioned Hessian and the limit is :math:`(2 + 2\beta_1)/(1 - \beta_1)` over it. For
+    other optimizers, and SGD with Nesterov's momentum or dampening, curvature is logged and no limit.
+
+    Training is not touched: the weights of a run are bit for bit those of the run without the monitor. Nothing is
+    computed without a logger. BatchNorm in training mode makes the batch statistics part of the loss.
+
+    Tags: ``stability/lambda_max``, ``stability/trace``, ``stability/frobenius``, ``stability/lr_over_gd_limit`` (1 is
+    the edge), ``stability/lr_over_sgd_limit`` (SGD without momentum), ``stability/batch_sharpness``,
+    ``stability/skipped`` (measurements that were not finite).
+
+    Args:
+        every_n_steps: Optimizer steps from one measurement to the next, >= 1; the first is at step 0.
+        num_probes: Probes of trace and norm, >= 1.
+        k: Lanczos steps, >= 2.
+        batch_sharpness_batches: Micro-batches for :math:`g^T H g / \|g\|^2` of the batch's own gradient; 0: none.
+        dataset_size: Training samples, for sampling without replacement.
+        mode: ``"autograd"``, ``"finite_difference"``, or ``"auto"``: the first where it exists.
+        seed: Of the probes.
+
+    Raises:
+        ValueError: An argument is out of range, or parameters are not float32 or float64.
+        MisconfigurationException: A sharding strategy, several optimizers, manual optimization without
+            ``curvature_loss``.
+
+    State: what was measured and not logged yet.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 500,
+        num_probes: int = 4,
+        k: int = 10,
+        batch_sharpness_batches: int = 0,
+        dataset_size: int | None = None,
+        mode: Mode = "auto",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.every_n_steps = check_int("every_n_steps", every_n_steps, 1)
+        self.num_probes = check_int("num_probes", num_probes, 1)
+        self.k = check_int("k", k, 2)
+        self.batch_sharpness_batches = check_int("batch_sharpness_batches", batch_sharpness_batches, 0)
+        self.dataset_size = None if dataset_size is None else check_int("dataset_size", dataset_size, 1)
+        check_choice("mode", mode, ("autograd", "finite_difference", "auto"))
+        self.mode: Mode = mode
+        self.seed = check_int("seed", seed, 0)
+        self._pending: dict[str, float] = {}
+        self._sharpness: list[float] = []
+        self._sharpness_left = 0
+        self._skipped = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is measured and not logged, and counters."""
+        return {
+            "pending": dict(self._pending),
+            "sharpness": list(self._sharpness),
+            "sharpness_left": self._sharpness_left,
+            "skipped": self._skipped,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._pending = dict(state_dict["pending"])
+        self._sharpness = list(state_dict["sharpness"])
+        self._sharpness_left = state_dict["sharpness_left"]
+        self._skipped = state_dict["skipped"]
+
+    def tensorboard_charts(self, trainer: pl.Trainer) -> Charts:
+        """One chart for the distance to the limits, one for the sharpness."""
+        return {
+            "stability": {
+                "learning rate over its limit": ["stability/lr_over_gd_limit", "stability/lr_over_sgd_limit"],
+                "sharpness": ["stability/lambda_max", "stability/batch_sharpness"],
+                "trace": ["stability/trace"],
+            }
+        }
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what cannot work, before the first batch."""
+        check_supported("StabilityMonitor", trainer, pl_module)
+        super().on_fit_start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure if it is due."""
+        if not trainer.loggers:
+            return
+        due = first_of_window(trainer, batch_idx) and trainer.global_step % self.every_n_steps == 0
+        if due:
+            self._sharpness, self._sharpness_left = [], self.batch_sharpness_batches
+        if not due and not self._sharpness_left:
+            return
+        try:
+            if due:
+                self._measure(trainer, pl_module, batch)
+            if self._sharpness_left:
+                self._measure_sharpness(trainer, pl_module, batch)
+        except FloatingPointError:
+            self._skipped += 1
+            self._pending["stability/skipped"] = float(self._skipped)
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        optimizer = trainer.optimizers[0]
+        with curvature_operator(trainer, pl_module, batch, self.mode) as hessian:
+            lambda_max, trace, frobenius_sq = self._curvature(hessian, self.seed + trainer.global_step)
+        values = {
+            "stability/lambda_max": lambda_max,
+            "stability/trace": trace,
+            "stability/frobenius": math.sqrt(frobenius_sq),
+        }
+        if is_adam(optimizer):
+            if optimizer.state:  # no second moments before the first step
+                beta = momentum_of(optimizer)
+                with curvature_operator(trainer, pl_module, batch, self.mode, preconditioned=True) as scaled:
+                    start = rademacher(scaled.size, self.seed + trainer.global_step, scaled.device, scaled.dtype)
+                    largest = float(lanczos(scaled, start, self.k).ritz()[0][-1])
+                values["gd_limit"] = (2 + 2 * beta) / ((1 - beta) * largest) if largest > 0 else math.inf
+        elif is_sgd(optimizer) and _is_plain(optimizer):
+            batch_size = samples_per_step(trainer, batch)
+            limits = stability_limits(
+                trace, frobenius_sq, lambda_max, batch_size, self.dataset_size, momentum_of(optimizer)
+            )
+            values |= {"gd_limit": limits["gd"], "sgd_limit": limits["sgd"]}
+        self._pending |= values
+
+    def _curvature(self, hessian: HessianOperator, seed: int) -> tuple[float, float, float]:
+        """Largest eigenvalue, trace, squared Frobenius norm."""
+        run = lanczos(hessian, rademacher(hessian.size, seed * 64, hessian.device, hessian.dtype), self.k)
+        values, weights = run.ritz()
+        # the start vector is a probe like the others: z'Hz and |Hz|^2 come with it
+        traces = [hessian.size * float(weights @ values)]
+        squares = [hessian.size * float(weights @ values**2)]
+        for i in range(1, self.num_probes):
+            trace, square = hutchinson(
+                hessian, hessian.size, 1, seed=seed * 64 + i, device=hessian.device, dtype=hessian.dtype
+            )
+            traces.append(trace.value)
+            squares.append(square.value)
+        return float(values[-1]), math.fsum(traces) / len(traces), math.fsum(squares) / len(squares)
+
+    def _measure_sharpness(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        self._sharpness_left -= 1
+        with curvature_operator(trainer, pl_module, batch, self.mode) as hessian:
+            gradient = hessian.gradient()
+            square = float(gradient.double() @ gradient.double())
+            if square > 0:
+                self._sharpness.append(float(gradient.double() @ hessian(gradient).double()) / square)
+        if not self._sharpness_left and self._sharpness:
+            self._pending["stability/batch_sharpness"] = math.fsum(self._sharpness) / len(self._sharpness)
+
+    def _on_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        if not self._pending:
+            return
+        lr = learning_rate(optimizer)
+        for name in ("gd", "sgd"):
+            limit = self._pending.pop(f"{name}_limit", math.nan)
+            if not math.isnan(limit):
+                self._pending[f"stability/lr_over_{name}_limit"] = lr / limit
+        log_scalars(trainer, self._pending)
+        self._pending.clear()
+
+
+def _is_plain(optimizer: Optimizer) -> bool:
+    return not any(group.get("nesterov") or group.get("dampening") for group in optimizer.param_groups)
+
+
+class SGDTemperatureMonitor(_StepHook):
+    r"""Log the temperature of SGD's noise, learning rate over batch size.
+
+    .. math:: T = \eta / B, \qquad T_\beta = \eta / (B (1 - \beta))
+
+    Runs of one temperature behave alike while noise dominates; in the source, the phases of SGD are told apart by it.
+    :math:`B` counts the samples of an optimizer step over processes and accumulated batches; the learning rate is the
+    one that is applied.
+
+    Tags: ``noise/temperature``, ``noise/temperature_momentum`` (with momentum only; for Adam it is a convention).
+
+    Args:
+        every_n_steps: Optimizer steps from one logged value to the next, >= 1.
+
+    Source: Sclocchi, Geiger, Wyart (arXiv:2301.13703).
+
+    State: none.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        super().__init__()
+        self.every_n_steps = check_int("every_n_steps", every_n_steps, 1)
+        self._samples = 0
+
+    def tensorboard_charts(self, trainer: pl.Trainer) -> Charts:
+        """Both temperatures in one chart."""
+        return {"noise": {"temperature": ["noise/temperature", "noise/temperature_momentum"]}}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what cannot work, before the first batch."""
+        if len(trainer.optimizers) != 1:
+            raise MisconfigurationException(
+                f"SGDTemperatureMonitor needs one optimizer; the model has {len(trainer.optimizers)}."
+            )
+        super().on_fit_start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count samples on logging steps."""
+        if trainer.loggers and (logging_step(trainer) + 1) % self.every_n_steps == 0:
+            self._samples = samples_per_step(trainer, batch)
+
+    def _on_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        if self._samples:
+            temperature = learning_rate(optimizer) / self._samples
+            values = {"noise/temperature": temperature}
+            momentum = momentum_of(optimizer)
+            if momentum:
+                values["noise/temperature_momentum"] = temperature / (1.0 - momentum)
+            log_scalars(trainer, values)
+            self._samples = 0

@@ -1,0 +1,219 @@
+"""StabilityMonitor and SGDTemperatureMonitor inside a Trainer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger, Logger
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_grad.callbacks.stability import SGDTemperatureMonitor, StabilityMonitor
+
+ROOT = Path(__file__).parents[2]
+
+
+class Memory(Logger):
+    """Keeps what is logged."""
+
+    name = version = "memory"
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+    def of(self, tag):
+        return [(step, row[tag]) for step, row in self.rows if tag in row]
+
+
+class Net(pl.LightningModule):
+    """Dropout, BatchNorm, a metric and a schedule: everything a second look at the loss could disturb."""
+
+    def __init__(self, optimizer=lambda p: torch.optim.SGD(p, lr=0.05), dropout=0.3):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
+        self.make = optimizer
+        self.accuracy = MulticlassAccuracy(3)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self.net(x)
+        self.accuracy(logits, y)
+        self.log("train/acc", self.accuracy)
+        return F.cross_entropy(logits, y)
+
+    def configure_optimizers(self):
+        optimizer = self.make(self.parameters())
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def loader(batch_size=8):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(48, 4, generator=generator), torch.randint(0, 3, (48,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size)
+
+
+def fit(callbacks, model=None, logger=True, steps=6, **kwargs):
+    pl.seed_everything(0, verbose=False)
+    model = model or Net()
+    memory = Memory()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, callbacks=callbacks,
+        logger=memory if logger else False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, log_every_n_steps=1, **kwargs,
+    )  # fmt: skip
+    trainer.fit(model, loader())
+    return model, memory
+
+
+def test_training_is_not_touched_and_values_are_logged():
+    plain, before = fit([])
+    watched, memory = fit([StabilityMonitor(every_n_steps=2, k=4, num_probes=2, batch_sharpness_batches=1)])
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.state_dict().values(), watched.state_dict().values(), strict=True)
+    )
+    assert memory.of("train/acc") == before.of("train/acc")
+    assert [step for step, _ in memory.of("stability/lambda_max")] == [0, 2, 4]
+    for tag in ("trace", "frobenius", "lr_over_gd_limit", "lr_over_sgd_limit", "batch_sharpness"):
+        assert len(memory.of(f"stability/{tag}")) == 3, tag
+    assert "log" not in vars(watched)
+
+
+def test_values_are_right():
+    """Without dropout and BatchNorm, against the full Hessian of the same batch."""
+
+    class Linear(Net):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 3)
+
+    torch.manual_seed(0)
+    model = Linear()
+    x, y = next(iter(loader()))
+    shapes = [p.shape for p in model.parameters()]
+
+    def loss(flat):
+        w, b = flat.split([12, 3])
+        return F.cross_entropy(F.linear(x.double(), w.view(shapes[0]), b), y)
+
+    flat = torch.cat([p.detach().reshape(-1) for p in model.net.parameters()]).double()
+    h = torch.func.hessian(loss)(flat)
+    _, memory = fit([StabilityMonitor(k=15, num_probes=400)], model=model, steps=1)
+    largest = float(torch.linalg.eigvalsh(h)[-1])
+    assert memory.of("stability/lambda_max")[0][1] == pytest.approx(largest, rel=1e-4)
+    assert memory.of("stability/trace")[0][1] == pytest.approx(float(h.trace()), rel=0.05)
+    assert memory.of("stability/frobenius")[0][1] == pytest.approx(float((h**2).sum().sqrt()), rel=0.05)
+    assert memory.of("stability/lr_over_gd_limit")[0][1] == pytest.approx(0.05 * largest / 2, rel=1e-4)
+
+
+def test_nothing_is_computed_without_a_logger(monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr("lightning_grad.callbacks.stability.curvature_operator", forbidden)
+    fit([StabilityMonitor(every_n_steps=1)], logger=False)
+    with pytest.raises(AssertionError):
+        fit([StabilityMonitor(every_n_steps=1)])
+
+
+def test_accumulation_counts_steps():
+    monitor, temperature = StabilityMonitor(every_n_steps=2, k=3), SGDTemperatureMonitor(every_n_steps=2)
+    _, memory = fit([monitor, temperature], accumulate_grad_batches=3, steps=4)
+    assert [step for step, _ in memory.of("stability/trace")] == [0, 2]
+    # 3 batches of 8; the learning rate decays by 0.9 a step, and the first logged step is number 1
+    assert memory.of("noise/temperature") == [
+        (1, pytest.approx(0.05 * 0.9 / 24)),
+        (3, pytest.approx(0.05 * 0.9**3 / 24)),
+    ]
+
+
+def test_adam_and_momentum():
+    _, memory = fit([StabilityMonitor(every_n_steps=2, k=4)], Net(lambda p: torch.optim.AdamW(p, lr=1e-3)))
+    assert [step for step, _ in memory.of("stability/lr_over_gd_limit")] == [2, 4]  # no second moments at step 0
+    assert not memory.of("stability/lr_over_sgd_limit")
+    sgd = Net(lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9))
+    _, memory = fit([StabilityMonitor(every_n_steps=2, k=4), SGDTemperatureMonitor(1)], sgd)
+    assert memory.of("stability/lr_over_gd_limit")
+    assert not memory.of("stability/lr_over_sgd_limit")
+    (_, t), (_, tm) = memory.of("noise/temperature")[0], memory.of("noise/temperature_momentum")[0]
+    assert tm == pytest.approx(10 * t)
+
+
+def test_refused_by_name():
+    for kwargs, text in (({"k": 1}, "`k`"), ({"every_n_steps": 0}, "every_n_steps"), ({"mode": "exact"}, "mode")):
+        with pytest.raises(ValueError, match=text):
+            StabilityMonitor(**kwargs)
+    with pytest.raises(ValueError, match="bfloat16"):
+        fit([StabilityMonitor()], precision="bf16-true")
+
+    class Manual(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(MisconfigurationException, match="curvature_loss"):
+        fit([StabilityMonitor()], Manual())
+
+
+DDP = """
+import sys, torch, lightning.pytorch as pl
+from tests.unit.test_stability_monitor import Net, Memory, loader
+from lightning_grad.callbacks.stability import StabilityMonitor
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+class Sharded(Net):
+    def train_dataloader(self):
+        x, y = loader().dataset.tensors
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        return DataLoader(TensorDataset(x[rank::world], y[rank::world]), 8 // world)
+if __name__ == "__main__":
+    pl.seed_everything(0)
+    model = Sharded(); model.net = nn.Linear(4, 3)
+    memory = Memory()
+    trainer = pl.Trainer(accelerator="cpu", devices=int(sys.argv[1]), strategy=sys.argv[2], max_steps=2, logger=memory,
+        callbacks=[StabilityMonitor(every_n_steps=1, k=5)], use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False)
+    trainer.fit(model)
+    if trainer.is_global_zero:
+        print("RESULT", memory.of("stability/lambda_max")[0][1], memory.of("stability/lr_over_sgd_limit")[0][1])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_see_the_hessian_of_both_batches(tmp_path):
+    """Two processes with 4 samples each log what one process logs with all 8."""
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    results = []
+    for devices, strategy in (("1", "auto"), ("2", "ddp")):
+        run = subprocess.run(
+            [sys.executable, str(script), devices, strategy], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+        )  # fmt: skip
+        lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT")]
+        assert lines, run.stderr[-2000:]
+        results.append([float(x) for x in lines[0].split()[1:]])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_csv_logger_takes_it(tmp_path):
+    _, memory = fit([StabilityMonitor(k=3)], steps=1)
+    assert memory.rows
+    logger = CSVLogger(tmp_path)
+    logger.log_metrics(memory.rows[0][1], 0)
+    logger.save()
