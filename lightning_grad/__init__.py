@@ -24,7 +24,6 @@ from lightning_grad.callbacks import (
     PosteriorSamples,
     RandomStateCheckpoint,
 )
-from lightning_grad.callbacks import NVFP4Monitor, NVFP4PrecisionSwitch, OptimizerStats, RandomStateCheckpoint
 from lightning_grad.callbacks.stability import SGDTemperatureMonitor, StabilityMonitor
 from lightning_grad.checkpoint_io import ChecksumCheckpointIO
 from lightning_grad.data import AdaptiveDataLoader, ResumableDataLoader, ResumableSampler
@@ -87,6 +86,7 @@ __all__ = [
     "RolloutDataModule",
     "SamplesLR",
     "SGDTemperatureMonitor",
+    "SamplesLR",
     "SharedSeedSPSAStrategy",
     "StabilityMonitor",
     "__version__",
