@@ -21,7 +21,7 @@ from lightning_grad import DiffGrad
 from lightning_grad.demos import DigitsCNN, DigitsData, RecordMetrics
 
 HERE = Path(__file__).parent
-ADAPTIVE = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+ADAPTIVE = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 METHODS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[float, ...]]] = {
     "DiffGrad": (DiffGrad, ADAPTIVE),
     "AdamW": (torch.optim.AdamW, ADAPTIVE),

@@ -8,6 +8,7 @@ from lightning_grad.demos.curves import RecordMetrics
 from lightning_grad.demos.digits import DigitsCNN, DigitsData, DigitsMLP
 from lightning_grad.demos.source_text import SourceText
 from lightning_grad.demos.summary import PrintSummary
+from lightning_grad.demos.threads import LimitThreads
 from lightning_grad.demos.tiny_gpt import TinyGPT
 
 __all__ = [
@@ -16,6 +17,10 @@ __all__ = [
     "DigitsCNN",
     "DigitsData",
     "DigitsMLP",
+    "DigitsCNN",
+    "DigitsData",
+    "DigitsMLP",
+    "LimitThreads",
     "PrintSummary",
     "RecordMetrics",
     "SourceText",

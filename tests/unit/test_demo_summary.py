@@ -1,12 +1,13 @@
 import math
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_grad.demos import PrintSummary, RecordMetrics, SourceText, TinyGPT
+from lightning_grad.demos import LimitThreads, PrintSummary, RecordMetrics, SourceText, TinyGPT
 
 
 def fit(tmp_path, callbacks, max_steps=6, **kwargs):
@@ -71,3 +72,22 @@ def test_recorded_curves_are_the_logged_values(tmp_path):
     assert [step for step, _ in every.curves["val/loss"]] == [3, 6]  # no sanity check among them
     assert every.last("val/loss") == trainer.callback_metrics["val/loss"].item()
     assert math.isnan(every.last("val/acc"))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_threads_are_limited_during_fit_only(tmp_path, fails):
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.seen = torch.get_num_threads()
+            if fails:
+                raise RuntimeError("planned")
+
+    torch.set_num_threads(2)
+    look = Look()
+    if fails:
+        with pytest.raises(RuntimeError, match="planned"):
+            fit(tmp_path, [LimitThreads(1), look], max_steps=1)
+    else:
+        fit(tmp_path, [LimitThreads(1), look], max_steps=1)
+    assert look.seen == 1
+    assert torch.get_num_threads() == 2
