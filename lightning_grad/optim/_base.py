@@ -123,10 +123,6 @@ class RuleOptimizer(Optimizer):
         """
         raise NotImplementedError
 
-    def unit_rule(self, unit: Unit) -> Rule:
-        """The rule for the flat tensors of a unit."""
-        return self.rule
-
     def rule_for(self, param: Tensor, h: Hyper) -> Rule:
         """The rule for one whole parameter."""
         return self.rule
@@ -342,7 +338,7 @@ class RuleOptimizer(Optimizer):
     def _update(self) -> None:
         plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
         work: Work = [
-            (group, [(unit, self._hyper(group, unit)) for unit in plan.units])
+            (group, self._with_hyper(group, plan.units))
             for group, plan in zip(self.param_groups, plans, strict=True)
             if plan is not None
         ]
@@ -354,8 +350,19 @@ class RuleOptimizer(Optimizer):
                 self._run(group, unit, h, pool)
                 unit.release()
 
-    def _hyper(self, group: Group, unit: Unit) -> Hyper:
-        step = unit.advance(group["capturable"])
+    def _with_hyper(self, group: Group, units: list[Unit]) -> list[tuple[Unit, Hyper]]:
+        """Each unit with the scalars of its rule; units at the same step share them."""
+        found: dict[Any, Hyper] = {}
+        pairs = []
+        for unit in units:
+            step = unit.advance(group["capturable"])
+            key = (id(unit) if group["capturable"] else step, unit.decay, unit.compute_dtype)
+            if key not in found:
+                found[key] = self._hyper(group, unit, step)
+            pairs.append((unit, found[key]))
+        return pairs
+
+    def _hyper(self, group: Group, unit: Unit, step: Any) -> Hyper:
         values = group if unit.decay else {**group, "weight_decay": 0.0}
         lr = group.get("lr")
         if isinstance(lr, Tensor) and not (group["capturable"] or group["differentiable"]):
@@ -373,10 +380,12 @@ class RuleOptimizer(Optimizer):
             run_list(self.rule, group, unit, list(self.state_names(group)), h)
         else:
             p, g = load(unit)
-            compiled = group["compile"] and run_compiled(type(self), self.unit_rule(unit), group, unit, h, p, g)
-            if not compiled:
+            if not (group["compile"] and self._run_compiled(group, unit, h, p, g)):
                 self._run_eager(group, unit, h, pool, p, g)
             store(unit)
+
+    def _run_compiled(self, group: Group, unit: Unit, h: Hyper, p: Tensor, g: Tensor) -> bool:
+        return run_compiled(type(self), self.rule, group, unit, h, p, g)
 
     def _run_eager(self, group: Group, unit: Unit, h: Hyper, pool: Pool, p: Tensor, g: Tensor) -> None:
         if self.kind_of(group) == "tensor":

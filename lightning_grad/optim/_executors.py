@@ -17,7 +17,6 @@ State = dict[str, Any]
 Group = dict[str, Any]
 Rule = Callable[[Any, Any, State, Hyper], tuple[Any, State]]
 
-LANES, _ROW_LANES = 64, 8
 # One compiled callable per rule, dtype, device type and set of switches; None after a failure.
 _compiled: dict[tuple[Any, ...], Callable[..., None] | None] = {}
 
@@ -58,13 +57,7 @@ def run_in_place(rule: Rule, group: Group, unit: Unit, h: Hyper, size: int, pool
         p: Values, from :func:`load`.
         g: Gradients, from :func:`load`.
     """
-    _run_blocks(rule, group, unit.inputs(), unit.compute_dtype, h, size, pool, p, g)
-
-
-def _run_blocks(
-    rule: Rule, group: Group, inputs: dict[str, Tensor], dtype: torch.dtype, h: Hyper, size: int, pool: Pool,
-    p: Tensor, g: Tensor,
-) -> None:  # fmt: skip
+    inputs, dtype = unit.inputs(), unit.compute_dtype
     names = list(inputs)
     for pb, gb, *states in zip(p.split(size), g.split(size), *(t.split(size) for t in inputs.values()), strict=True):
         pool.reset()
@@ -135,7 +128,10 @@ def run_differentiable(
             member.state[name] = value.to(member.state[name].dtype)
 
 
-def run_compiled(owner: type, rule: Rule, group: Group, unit: Unit, h: Hyper, p: Tensor, g: Tensor) -> bool:
+def run_compiled(
+    owner: type, rule: Rule, group: Group, unit: Unit, h: Hyper, p: Tensor, g: Tensor,
+    extra: dict[str, Tensor] | None = None, stage: str = "",
+) -> bool:  # fmt: skip
     """Run the compiled rule on the whole unit; ``False`` if it cannot be compiled, now or before.
 
     Args:
@@ -146,13 +142,18 @@ def run_compiled(owner: type, rule: Rule, group: Group, unit: Unit, h: Hyper, p:
         h: Scalars of the rule; numbers become tensors so that a schedule does not compile again.
         p: Values, from :func:`load`.
         g: Gradients, from :func:`load`.
+        extra: More states of the rule, of a shape of their own.
+        stage: Tells the rules of a class that has several from each other.
     """
-    inputs, dtype = unit.inputs(), unit.compute_dtype
-    names = list(inputs)
+    inputs, extra, dtype = {name: t.view(p.shape) for name, t in unit.inputs().items()}, extra or {}, unit.compute_dtype
+    names = [*inputs, *extra]
     flags = tuple((k, v) for k, v in h.items() if isinstance(v, bool))
     scalars = tuple(k for k, v in h.items() if not isinstance(v, bool))
     maximize, rounding = group["maximize"], group["stochastic_rounding"]
-    key = (owner, dtype, p.device.type, tuple(names), flags, scalars, maximize, rounding, _shape_key(p), len(unit.rows))
+    key = (
+        owner, stage, dtype, p.device.type, tuple(names), flags, scalars, maximize, rounding, p.ndim,
+        len(unit.rows),
+    )  # fmt: skip
     if key not in _compiled:
         _compiled[key] = _compile(rule, names, dtype, dict(flags), scalars, maximize, rounding)
     update = _compiled[key]
@@ -163,15 +164,8 @@ def run_compiled(owner: type, rule: Rule, group: Group, unit: Unit, h: Hyper, p:
         packed = torch.stack([torch.as_tensor(v, dtype=dtype, device=p.device) for v in values])
     else:
         packed = torch.tensor(values, dtype=dtype).to(p.device, non_blocking=True)
-    whole = p.shape[0] // LANES * LANES if p.ndim == 1 else p.shape[0]
     try:
-        if whole:
-            update(
-                *(_in_lanes(t[:whole]) for t in (p, g)),
-                [_in_lanes(t[:whole]) for t in inputs.values()],
-                packed,
-                unit.rows,
-            )
+        update(p, g, [*inputs.values(), *extra.values()], packed, unit.rows)
     except Exception as error:
         _compiled[key] = None
         reason = (str(error).splitlines() or [""])[0]
@@ -180,22 +174,7 @@ def run_compiled(owner: type, rule: Rule, group: Group, unit: Unit, h: Hyper, p:
             stacklevel=5,
         )
         return False
-    if whole < p.shape[0]:
-        rest = {name: t[whole:] for name, t in inputs.items()}
-        _run_blocks(rule, group, rest, dtype, h, p.shape[0], Pool(), p[whole:], g[whole:])
     return True
-
-
-def _shape_key(p: Tensor) -> tuple[int, bool]:
-    """What decides the number of dimensions that the compiler sees."""
-    return p.ndim, p.ndim == 2 and p.shape[1] % _ROW_LANES == 0
-
-
-def _in_lanes(t: Tensor) -> Tensor:
-    """The same numbers with a last dimension that the compiler knows, so that its inner loop needs no remainder."""
-    if t.ndim == 1:
-        return t.view(-1, LANES)
-    return t.view(t.shape[0], -1, _ROW_LANES) if t.shape[1] % _ROW_LANES == 0 else t
 
 
 def _compile(
@@ -207,7 +186,8 @@ def _compile(
         g = g.to(dtype)
         state = {name: tensor.to(dtype) for name, tensor in zip(names, tensors, strict=True)}
         new_p, new_s = rule(p.to(dtype), -g if maximize else g, state, h)
-        p.copy_(stochastic_round(new_p) if rounding else new_p)
+        if new_p is not None:
+            p.copy_(stochastic_round(new_p) if rounding else new_p)
         for name, tensor in zip(names, tensors, strict=True):
             if name in new_s:
                 tensor.copy_(new_s[name])

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_grad.optim._base import RuleOptimizer
 from lightning_grad.optim._buckets import Unit
-from lightning_grad.optim._executors import Group, Hyper, Rule, State, run_in_place, signed, write
+from lightning_grad.optim._executors import Group, Hyper, Rule, State, run_compiled, run_in_place, signed, write
 from lightning_grad.optim._math import Buffer, Pool, axpy
 
 # Parameters up to this size keep the direction of all rows between the two passes; larger ones compute it again.
@@ -61,14 +61,42 @@ class ProjectedOptimizer(RuleOptimizer):
         """With projection, for rows ``p`` (R, C) of one tensor, or of several if ``h["rows"]`` tells which."""
         new_s = cls.advance(g, s, h)
         u = cls.direction(g, {**s, **new_s}, h)
+        keep = cls._factor(p, g, u, h)
+        return axpy(p * keep[:, None], u, -h["step_size"]), new_s
+
+    @classmethod
+    def _first_pass(cls, p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[None, State]:
+        """State and row factors."""
+        state = {name: value for name, value in s.items() if name != "keep"}
+        new_s = cls.advance(g, state, h)
+        return None, {**new_s, "keep": cls._factor(p, g, cls.direction(g, {**state, **new_s}, h), h)}
+
+    @classmethod
+    def _second_pass(cls, p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[Tensor, State]:
+        """Parameters from the new state and the row factors."""
+        keep = s["keep"].view(-1, *(1 for _ in p.shape[1:]))
+        return axpy(p * keep, cls.direction(g, s, h), -h["step_size"]), {}
+
+    @staticmethod
+    def _factor(p: Tensor, g: Tensor, u: Tensor, h: Hyper) -> Tensor:
         row = tuple(range(1, p.ndim))
         sums = RowSums((p * g).sum(row), (g * g).sum(row), (p * p).sum(row), (p * u).sum(row))
-        keep = row_factor(sums, p.numel() // p.shape[0], h)
-        return axpy(p * keep.view(-1, *(1 for _ in row)), u, -h["step_size"]), new_s
+        return row_factor(sums, p.numel() // p.shape[0], h)
 
     @override
-    def unit_rule(self, unit: Unit) -> Rule:
-        return self._projected if len(unit.shape) == 2 else self._plain
+    def _run_compiled(self, group: Group, unit: Unit, h: Hyper, p: Tensor, g: Tensor) -> bool:
+        """In two calls: in one, the compiler would work out the row factor again for every element of the row."""
+        cls = type(self)
+        if not h["projects"] or len(unit.shape) == 1:
+            return run_compiled(cls, self._plain, group, unit, h, p.view(-1), g.view(-1))
+        extra = {"keep": torch.empty(p.shape[0], dtype=unit.compute_dtype, device=p.device)}
+        if not run_compiled(cls, self._first_pass, group, unit, h, p, g, extra, "first"):
+            return False
+        if not run_compiled(cls, self._second_pass, group, unit, h, p, g, extra, "second"):
+            gradient = -g.to(unit.compute_dtype) if group["maximize"] else g.to(unit.compute_dtype)
+            state = {name: t.to(unit.compute_dtype) for name, t in {**unit.state, **extra}.items()}
+            write(p, self._second_pass(p.to(unit.compute_dtype), gradient, state, h)[0], group["stochastic_rounding"])
+        return True
 
     @override
     def rule_for(self, param: Tensor, h: Hyper) -> Rule:
