@@ -1,0 +1,108 @@
+"""Predictions on digits from one network, and from posterior samples of SGHMC: accuracy and calibration.
+
+    python examples/sgmcmc/compare.py [--short]
+
+The training set is cut to 300 images, so that one network is too sure of itself. Prints the table of the README and
+draws compare.png (with --short: few steps, drawn into the working directory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_grad import SGHMC, BindDataSize, PosteriorSamples
+from lightning_grad.demos import DigitsCNN, DigitsData
+
+
+class Model(DigitsCNN):
+    def __init__(self, make: Callable[..., torch.optim.Optimizer]) -> None:
+        super().__init__()
+        self.make = make
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make(self.parameters())
+
+
+def data(size: int = 300) -> tuple[TensorDataset, Tensor, Tensor]:
+    digits = DigitsData()
+    digits.setup("fit")
+    train = next(iter(DataLoader(digits.train_set, batch_size=size)))
+    images, labels = next(iter(DataLoader(digits.val_set, batch_size=10_000)))
+    return TensorDataset(*train), images, labels
+
+
+def scores(probabilities: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """Accuracy, negative log likelihood, and expected calibration error in 10 bins of confidence."""
+    confidence, guess = probabilities.max(1)
+    right = (guess == labels).float()
+    nll = -probabilities.gather(1, labels[:, None]).clamp_min(1e-12).log().mean()
+    bins = (confidence * 10).long().clamp_max(9)
+    gaps = [(bins == b).float().mean() * (right[bins == b].mean() - confidence[bins == b].mean()).abs()
+            for b in bins.unique()]  # fmt: skip
+    return right.mean().item(), nll.item(), torch.stack(gaps).sum().item()
+
+
+def train(
+    make: Callable[..., torch.optim.Optimizer], train_set: TensorDataset, steps: int, samples: PosteriorSamples
+) -> Model:
+    pl.seed_everything(0, verbose=False)
+    model = Model(make)
+    loader = DataLoader(train_set, batch_size=50, shuffle=True, generator=torch.Generator().manual_seed(0))
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, callbacks=[BindDataSize(), samples], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(model, loader)
+    return model.eval()
+
+
+@torch.no_grad()
+def predict(model: Model, images: Tensor) -> Tensor:
+    return model(images).softmax(1)
+
+
+def main() -> None:
+    import matplotlib.pyplot as plt
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="few steps, to see that everything works")
+    short = parser.parse_args().short
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    torch.set_num_threads(1)
+    steps, burn_in = (40, 20) if short else (3000, 1000)
+    train_set, images, labels = data()
+    print(f"{'prediction':32s} {'accuracy':>9s} {'log loss':>9s} {'calibration error':>18s}")
+    figure, axes = plt.subplots(figsize=(5, 4))
+    for name, make in {
+        "AdamW, one network": partial(torch.optim.AdamW, lr=2e-3),
+        "SGHMC, posterior samples": partial(SGHMC, lr=0.05, friction=0.1, weight_decay=1e-3, temperature=0.02, seed=0),
+    }.items():
+        samples = PosteriorSamples(burn_in_steps=burn_in, every_n_steps=10 if short else 50)
+        model = train(make, train_set, steps, samples)
+        if name.startswith("SGHMC"):
+            probabilities = samples.predict(model, partial(predict, model, images)).mean(0)
+            name = f"SGHMC, {len(samples)} posterior samples"
+        else:
+            probabilities = predict(model, images)
+        accuracy, nll, error = scores(probabilities, labels)
+        print(f"{name:32s} {accuracy:9.4f} {nll:9.4f} {error:18.4f}")
+        axes.hist(probabilities.max(1).values.numpy(), bins=20, range=(0, 1), alpha=0.5, label=name)
+    axes.set(xlabel="confidence", ylabel="validation images", yscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig("compare.png" if short else Path(__file__).parent / "compare.png", dpi=90)
+
+
+if __name__ == "__main__":
+    main()
