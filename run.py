@@ -232,7 +232,11 @@ def call(*command, cwd=None):
     # two libraries' notes that a reader of this output can do nothing about
     environment = dict(os.environ, NO_MKDOCS_2_WARNING="1")
     environment.setdefault("PYTHONWARNINGS", "ignore:`isinstance(treespec")
-    return subprocess.run(list(command), cwd=cwd or ROOT, env=environment).returncode
+    status = subprocess.run(list(command), cwd=cwd or ROOT, env=environment).returncode
+    if status < 0:
+        say(f"The command was ended by signal {-status}.")
+        return 128 - status
+    return status
 
 
 def demo(options, rest):
