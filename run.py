@@ -242,8 +242,6 @@ def call(*command, cwd=None):
 def demo(options, rest):
     environment(EXTRAS["demo"])
     say("\nTraining a small GPT on the source text of Python's standard library, on one CPU core.")
-    # One thread: the model is small, and threads that wait for each other on a busy machine cost many times the work.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     status = call(in_venv("python"), "-m", "lightning_grad", "fit", "-c", QUICKSTART, *rest)
     if not status:  # the run itself has printed the validation loss and how to open its curves
         say(f"settings: {QUICKSTART}; change a value and run the demo again. Documentation: python3 run.py docs")

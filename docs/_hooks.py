@@ -70,11 +70,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """List the pages of the methods on their first page."""
+    if page.file.src_uri != "methods/index.md":
+        return markdown
+    lines = []
+    for path in sorted(Path(config.docs_dir, "methods").glob("*.md")):
+        title = re.search(r"^# (.+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if path.name != "index.md" and title:
+            lines.append(f"- [{title[1]}]({path.name})")
+    return markdown + "\n" + "\n".join(lines) + "\n"
+
+
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn the formulas of a page into MathML."""
 
     def draw(match: re.Match[str]) -> str:
         display = "block" if match[2] == "[" else "inline"
-        return convert(html.unescape(match[3]).strip(), display=display)
+        formula = html.unescape(match[3]).strip()
+        return convert(formula.replace("{aligned}", "{split}"), display=display)  # the converter knows one of the two
 
     return FORMULA.sub(draw, content)

@@ -19,7 +19,7 @@ def to_markdown(text: str) -> str:
     def block(match: re.Match[str]) -> str:
         body = (match[2] + "\n" + textwrap.dedent(match[3])).strip()
         if "&" in body or r"\\" in body:
-            body = r"\begin{aligned}" + "\n" + body + "\n" + r"\end{aligned}"
+            body = r"\begin{split}" + "\n" + body + "\n" + r"\end{split}"
         return textwrap.indent(f"\n$$\n{body}\n$$\n\n", match[1])
 
     text = BLOCK.sub(block, text + "\n")
