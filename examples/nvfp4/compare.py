@@ -54,7 +54,7 @@ def train(plugin: NVFP4Precision | None, switch: float | None, seed: int, steps:
         enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
     data = SourceText(block_size=128, batch_size=8, num_val_blocks=32 if steps < 100 else 128)
-    trainer.fit(WSD(num_layers=4, dim=128, num_heads=4, block_size=128, lr=2e-3), datamodule=data)
+    trainer.fit(WSD(num_layers=4, dim=128, num_heads=4, block_size=128, lr=1e-3), datamodule=data)
     return record
 
 
