@@ -1,10 +1,15 @@
 """Every test starts from one thread and one seed, and leaves no global state behind."""
 
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+
+# what a distributed Trainer sets in its own process; a process started later would take it for its own
+LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
 
 
 @pytest.fixture(autouse=True)
@@ -13,7 +18,15 @@ def _deterministic():
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
+    launched = {name: os.environ.get(name) for name in LAUNCH}
     yield
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    for name, value in launched.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     torch.set_default_dtype(torch.float32)
 
 

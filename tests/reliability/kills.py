@@ -98,7 +98,6 @@ def _train(run: Run, progress: Progress, rank: int, port: int) -> None:
     torch.set_num_threads(1)
     mp.set_start_method("fork", force=True)  # for the loader's workers; a child of the server would ask it for each
     settings: dict[str, Any] = {}
-    os.environ.pop("MASTER_PORT", None)  # the server may have inherited the port of a group that is still open
     if run.world_size > 1:
         os.environ |= {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(run.world_size),
