@@ -141,6 +141,11 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
         self._resumed = False
         self._log = common.StepLog()
 
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """A checkpoint without weights is replayed by the session, which exists after ``setup``."""
+        return True
+
     # -- setup ----------------------------------------------------------------------------------------------------
 
     def configure_ddp(self) -> None:

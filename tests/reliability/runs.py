@@ -121,6 +121,11 @@ CASES = [
         trainer=lambda: {"strategy": SharedSeedSPSAStrategy(normalize=True, forward_mode="train", momentum=0.5)},
     ),
     Case(
+        "spsa_without_weights",
+        optimizer=lambda params: torch.optim.SGD(params, lr=1e-3),
+        trainer=lambda: {"strategy": SharedSeedSPSAStrategy(forward_mode="train", weights_in_checkpoint=False)},
+    ),
+    Case(
         "stability_monitor",
         callbacks=lambda: [StabilityMonitor(every_n_steps=2, k=2, num_probes=1)],
         trainer=lambda: {"accumulate_grad_batches": 2, "logger": CSVLogger(tempfile.mkdtemp())},
