@@ -9,7 +9,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,6 +23,7 @@ from lightning_grad.allocation.batch_size import (
     Decision,
     NormTest,
 )
+from lightning_grad.callbacks._batch_checks import MAX_COPIES, needs_two, refuse, refuse_copies, scalars
 from lightning_grad.callbacks._batch_drivers import (
     AccumulateDriver,
     PlanSettings,
@@ -39,8 +39,7 @@ from lightning_grad.optim.samples_lr import SamplesLR
 from lightning_grad.statistics.collector import Estimator, NoiseCollector, samples_in
 from lightning_grad.statistics.ghost import UnsupportedLayerError, is_norm_layer
 
-_AUTO_INTERVAL: dict[str, int] = {"micro_batch": 1, "ghost": 8, "vmap": 40}
-_MAX_COPIES = 4
+_AUTO_INTERVAL: dict[str, int] = {"micro_batch": 1, "ghost": 8, "vmap": 50}
 _PAPER: dict[str, Any] = {
     "test_interval": 1,
     "ema": 0.0,
@@ -73,7 +72,7 @@ class AdaptiveBatchSize(TensorBoardCharts):
         min_accumulate: Smallest k, a power of two.
         round_to: m is a multiple of this.
         quantize: ``"pow2"`` restricts m to ``round_to`` times powers of two (compiled models).
-        test_interval: Optimizer steps between tests; ``"auto"`` is 1 for micro-batches, 8 for ghost, 40 for vmap.
+        test_interval: Optimizer steps between tests; ``"auto"`` is 1 for micro-batches, 8 for ghost, 50 for vmap.
         warmup_steps: Optimizer steps before the first test.
         ema: Decay of the averages of variance and gradient norm, in [0, 1).
         denominator: ``"unbiased"`` or ``"biased"`` (the paper's) squared gradient norm.
@@ -237,7 +236,7 @@ class AdaptiveBatchSize(TensorBoardCharts):
         if stage != "fit":
             return
         refuse_twin(trainer)
-        self._refuse(trainer, pl_module)
+        refuse(trainer, pl_module, self.mode)
         mode = self.mode
         if mode in ("auto", "sampler"):
             missing = missing_for_variable_length(trainer)
@@ -247,7 +246,9 @@ class AdaptiveBatchSize(TensorBoardCharts):
                     " cannot change during training; only accumulation will (mode='accumulate')."
                 )
                 mode = "accumulate"
-        self._check_estimator(mode, trainer)
+        if needs_two(mode, trainer, self.estimator, self.criterion.needs, self.plans):
+            self._split()
+        refuse_copies(mode, trainer, self.estimator, self.criterion.needs, self.scope, self.plans)
         if mode == "monitor":
             self._driver = WatchDriver(trainer)
         elif mode == "accumulate":
@@ -260,28 +261,6 @@ class AdaptiveBatchSize(TensorBoardCharts):
             driver.attach(trainer)
             self._driver = driver
 
-    def _refuse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        name = type(trainer.strategy).__name__
-        reason = None
-        if not pl_module.automatic_optimization:
-            reason = "manual optimization: the callback cannot know which backward passes make a step"
-        elif trainer.strategy.handles_gradient_accumulation or "DeepSpeed" in name:
-            reason = f"{name}: it counts accumulation itself. Use a DDP strategy"
-        elif "FSDP" in name or "ModelParallel" in name:
-            reason = f"{name}: gradients are sharded, and the hooks see shards. Use a DDP strategy"
-        elif self.mode != "monitor" and any(isinstance(c, GradientAccumulationScheduler) for c in _callbacks(trainer)):
-            reason = "GradientAccumulationScheduler: two callbacks would set accumulation. Use mode='monitor'"
-        elif self.mode in ("auto", "sampler"):
-            if trainer.overfit_batches:  # type: ignore[attr-defined]
-                reason = "overfit_batches. Use mode='accumulate' or mode='monitor'"
-            elif isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches != 1.0:
-                reason = (
-                    f"limit_train_batches={trainer.limit_train_batches}: a fraction of a number of batches that"
-                    " changes. Give an integer, or use mode='accumulate' or mode='monitor'"
-                )
-        if reason is not None:
-            raise MisconfigurationException(f"AdaptiveBatchSize(mode={self.mode!r}) does not work with {reason}.")
-
     def _fall_back(self, trainer: pl.Trainer, error: TypeError) -> None:
         """The loader's batch cannot change: change accumulation only."""
         rank_zero_warn(f"AdaptiveBatchSize: {error} Only accumulation will change.")
@@ -289,31 +268,6 @@ class AdaptiveBatchSize(TensorBoardCharts):
         self._driver = AccumulateDriver(trainer)
         if state is not None and state["mode"] == "accumulate":
             self._driver.load_state_dict(state["driver"])
-
-    def _check_estimator(self, mode: str, trainer: pl.Trainer) -> None:
-        needs = self.criterion.needs
-        if self.estimator == "ghost" and "element" in needs:
-            raise ValueError(
-                "estimator='ghost' has no per-element variances; use estimator='micro_batch' or 'vmap', or"
-                " CoordinateNormTest(granularity='tensor')."
-            )
-        alone = trainer.world_size * max(trainer.accumulate_grad_batches, self.plans.min_accumulate) < 2
-        if alone and (self.estimator == "micro_batch" or (self.estimator == "auto" and "element" in needs)):
-            if mode == "monitor":
-                raise ValueError(
-                    "estimator='micro_batch' compares the micro-batches of a step, and there is only one: set"
-                    " accumulate_grad_batches >= 2, or use estimator='ghost' or 'vmap'."
-                )
-            self._split()
-        if self.estimator == "micro_batch" and "inner" in needs and self.scope == "all":
-            micro = self.plans.max_micro
-            most = math.inf if micro is None else self.controller.max_batch_size / (micro * trainer.world_size)
-            if mode != "monitor" and most > _MAX_COPIES:
-                raise ValueError(
-                    f"inner products between more than {_MAX_COPIES} micro-batches and the gradient would keep that"
-                    " many copies of the gradient. Three ways out: estimator='vmap' (forward mode, no copies); `scope`"
-                    " with the names of some parameters; `max_micro_batch_size` >= max_batch_size / (4 * processes)."
-                )
 
     def _split(self) -> None:
         """Make every step of at least two micro-batches: the same work, and a variance can be seen."""
@@ -435,7 +389,7 @@ class AdaptiveBatchSize(TensorBoardCharts):
         if self.estimator != "auto":
             return self.estimator if self.estimator == "vmap" or self._use_ghost else None
         if groups >= 2:
-            copies = "inner" in self.criterion.needs and self.scope == "all" and driver.accumulate > _MAX_COPIES
+            copies = "inner" in self.criterion.needs and self.scope == "all" and driver.accumulate > MAX_COPIES
             return "vmap" if copies else "micro_batch"
         assert self._collector is not None
         if self._use_ghost and any(isinstance(m, _BatchNorm) and m.training for m in self._collector.module.modules()):
@@ -547,42 +501,17 @@ class AdaptiveBatchSize(TensorBoardCharts):
             self.lr_scaler.log_to(pl_module, trainer)
         if due:
             self._logged_step = self._steps
-            log_scalars(trainer, self._values(plan))
+            seconds = 0.0 if self._collector is None else self._collector.seconds
+            values = scalars(plan, self._decision, self.samples_seen, self.skipped_tests, seconds, self.scope)
+            if self.lr_scaler is not None:
+                values["batching/lr_factor"] = self.lr_scaler.factor
+            log_scalars(trainer, values)
         if self.log_vs_samples:
             values = {"samples/batch_size": float(plan.batch_size)}
             if self._loss_value is not None:
                 values["samples/train_loss"] = self._loss_value
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=self.samples_seen)
-
-    def _values(self, plan: BatchPlan) -> dict[str, float]:
-        values = {
-            "batching/micro_batch_size": float(plan.micro),
-            "batching/accumulate": float(plan.accumulate),
-            "batching/samples_seen": float(self.samples_seen),
-            "batching/skipped_tests": float(self.skipped_tests),
-        }
-        if self.lr_scaler is not None:
-            values["batching/lr_factor"] = self.lr_scaler.factor
-        decision = self._decision
-        if decision is not None:
-            assert self._collector is not None
-            stats = decision.stats
-            proxy = self.scope == "norm_layers"
-            found: dict[str, float | None] = {
-                "batching/target": decision.target,
-                "batching/test_ratio": decision.test_ratio,
-                "batching/noise_scale": None if proxy else stats.noise_scale,
-                "batching/noise_scale_proxy": stats.noise_scale if proxy else None,
-                "batching/grad_sq_norm": stats.grad_sq_norm,
-                "batching/grad_sq_norm_unbiased": stats.grad_sq_norm_unbiased,
-                "batching/trace_cov": stats.trace_cov,
-                "batching/inner_var": stats.inner_var,
-                "batching/orth_var": stats.orth_var,
-                "batching/test_time_ms": 1e3 * self._collector.seconds,
-            }
-            values |= {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
-        return values
 
     @override
     def tensorboard_charts(self, trainer: pl.Trainer) -> Charts:
@@ -608,10 +537,6 @@ class AdaptiveBatchSize(TensorBoardCharts):
             self.lr_scaler.detach(trainer)
         if self._driver is not None:
             self._driver.detach(trainer)
-
-
-def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _amp_scale(trainer: pl.Trainer) -> float:

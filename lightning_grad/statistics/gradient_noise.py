@@ -195,13 +195,14 @@ class LeafGradients:
             if not self.active:
                 return
             wide = grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
-            flat = wide.detach().reshape(-1)
-            self._norms[index].append(torch.dot(flat, flat))
+            wide = wide.detach()
+            # a norm reads any strides in place; flattening would copy, as a Linear's weight gradient comes transposed
+            self._norms[index].append(torch.linalg.vector_norm(wide))
             if self._elements:
                 total = self._sums[index]
-                self._sums[index] = flat.square() if total is None else total.addcmul_(flat, flat)
+                self._sums[index] = wide.square() if total is None else total.addcmul_(wide, wide)
             if self._copies:
-                self._kept[self.passes, index] = flat.clone()
+                self._kept[self.passes, index] = wide.reshape(-1).clone()
 
         return read
 
@@ -209,13 +210,13 @@ class LeafGradients:
         """Sum over the passes of the squared norm of each tensor, float64 on the CPU."""
         zero = torch.zeros((), dtype=torch.float64)
         device = next((n[0].device for n in self._norms if n), zero.device)
-        sums = [torch.stack(n).double().sum() if n else zero.to(device) for n in self._norms]
+        sums = [torch.stack(n).double().square().sum() if n else zero.to(device) for n in self._norms]
         return torch.stack(sums).cpu() if sums else zero.reshape(1)[:0]
 
     def element_squares(self) -> Tensor:
         """Sum over the passes of the square of each coordinate, concatenated."""
         pairs = zip(self._sums, self.params.values(), strict=True)
-        return torch.cat([s if s is not None else p.new_zeros(p.numel()).float() for s, p in pairs])
+        return torch.cat([(s if s is not None else torch.zeros_like(p).float()).reshape(-1) for s, p in pairs])
 
     def inner_products(self, direction: Sequence[Tensor | None]) -> Tensor:
         """Inner product of each pass's gradient with ``direction`` (one tensor per parameter), float64."""

@@ -1,0 +1,118 @@
+"""What AdaptiveBatchSize refuses and why, and the values it logs: plain functions, so that the callback stays short."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lightning_grad.allocation.batch_size import BatchPlan, Decision
+from lightning_grad.callbacks._batch_drivers import PlanSettings
+
+MAX_COPIES = 4
+"""Gradients of micro-batches that may be kept for inner products."""
+
+
+def refuse(trainer: pl.Trainer, pl_module: pl.LightningModule, mode: str) -> None:
+    """Refuse settings that cannot work.
+
+    Raises:
+        MisconfigurationException: With the reason and the alternative.
+    """
+    name = type(trainer.strategy).__name__
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    reason = None
+    if not pl_module.automatic_optimization:
+        reason = "manual optimization: the callback cannot know which backward passes make a step"
+    elif trainer.strategy.handles_gradient_accumulation or "DeepSpeed" in name:
+        reason = f"{name}: it counts accumulation itself. Use a DDP strategy"
+    elif "FSDP" in name or "ModelParallel" in name:
+        reason = f"{name}: gradients are sharded, and the hooks see shards. Use a DDP strategy"
+    elif mode != "monitor" and any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
+        reason = "GradientAccumulationScheduler: two callbacks would set accumulation. Use mode='monitor'"
+    elif mode in ("auto", "sampler"):
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            reason = "overfit_batches. Use mode='accumulate' or mode='monitor'"
+        elif isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches != 1.0:
+            reason = (
+                f"limit_train_batches={trainer.limit_train_batches}: a fraction of a number of batches that changes."
+                " Give an integer, or use mode='accumulate' or mode='monitor'"
+            )
+    if reason is not None:
+        raise MisconfigurationException(f"AdaptiveBatchSize(mode={mode!r}) does not work with {reason}.")
+
+
+def needs_two(mode: str, trainer: pl.Trainer, estimator: str, needs: frozenset[str], plans: PlanSettings) -> bool:
+    """Whether every step must have two micro-batches for the estimator to see anything.
+
+    Raises:
+        ValueError: It must, and the mode does not let it; or the estimator cannot give what the criterion needs.
+    """
+    if estimator == "ghost" and "element" in needs:
+        raise ValueError(
+            "estimator='ghost' has no per-element variances; use estimator='micro_batch' or 'vmap', or"
+            " CoordinateNormTest(granularity='tensor')."
+        )
+    alone = trainer.world_size * max(trainer.accumulate_grad_batches, plans.min_accumulate) < 2
+    two = alone and (estimator == "micro_batch" or (estimator == "auto" and "element" in needs))
+    if two and mode == "monitor":
+        raise ValueError(
+            "estimator='micro_batch' compares the micro-batches of a step, and there is only one: set"
+            " accumulate_grad_batches >= 2, or use estimator='ghost' or 'vmap'."
+        )
+    return two
+
+
+def refuse_copies(
+    mode: str, trainer: pl.Trainer, estimator: str, needs: frozenset[str], scope: str | list[str], plans: PlanSettings
+) -> None:
+    """Refuse inner products that would keep many copies of the whole gradient.
+
+    Raises:
+        ValueError: With the three ways out.
+    """
+    if estimator != "micro_batch" or "inner" not in needs or scope != "all" or mode == "monitor":
+        return
+    most = math.inf if plans.max_micro is None else plans.max_batch / (plans.max_micro * trainer.world_size)
+    if most > MAX_COPIES:
+        raise ValueError(
+            f"inner products between more than {MAX_COPIES} micro-batches and the gradient would keep that many copies"
+            " of the gradient. Three ways out: estimator='vmap' (forward mode, no copies); `scope` with the names of"
+            " some parameters; `max_micro_batch_size` >= max_batch_size / (4 * processes)."
+        )
+
+
+def scalars(
+    plan: BatchPlan,
+    decision: Decision | None,
+    samples_seen: int,
+    skipped_tests: int,
+    seconds: float,
+    scope: str | list[str],
+) -> dict[str, float]:
+    """Tags and values of one step; those of a test only where there was one and they are finite."""
+    values = {
+        "batching/micro_batch_size": float(plan.micro),
+        "batching/accumulate": float(plan.accumulate),
+        "batching/samples_seen": float(samples_seen),
+        "batching/skipped_tests": float(skipped_tests),
+    }
+    if decision is not None:
+        stats = decision.stats
+        scale = "batching/noise_scale_proxy" if scope == "norm_layers" else "batching/noise_scale"
+        found: dict[str, float | None] = {
+            "batching/target": decision.target,
+            "batching/test_ratio": decision.test_ratio,
+            scale: stats.noise_scale,
+            "batching/grad_sq_norm": stats.grad_sq_norm,
+            "batching/grad_sq_norm_unbiased": stats.grad_sq_norm_unbiased,
+            "batching/trace_cov": stats.trace_cov,
+            "batching/inner_var": stats.inner_var,
+            "batching/orth_var": stats.orth_var,
+            "batching/test_time_ms": 1e3 * seconds,
+        }
+        values |= {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+    return values
