@@ -23,8 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_grad import (
+    AdaptiveBatchSize,
+    BatchSizeLRScaler,
     ChecksumCheckpointIO,
     DynamicSampleAllocation,
+    NoiseScale,
+    NormTest,
     NVFP4Precision,
     NVFP4PrecisionSwitch,
     RandomStateCheckpoint,
@@ -110,6 +114,13 @@ class SmallGPT(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def _grew(trainer: pl.Trainer) -> None:
+    callback = next(c for c in trainer.callbacks if isinstance(c, AdaptiveBatchSize))
+    assert callback.tests > 0
+    assert callback._driver is not None
+    assert callback._driver.plan.batch_size > BATCH_SIZE
+
+
 CASES = [
     Case("adamw"),
     Case("accumulate", trainer=lambda: {"accumulate_grad_batches": 2}),
@@ -139,6 +150,30 @@ CASES = [
         "sample_allocation",
         model=RolloutRun,
         callbacks=lambda: [DynamicSampleAllocation(steps_per_iteration=6, save_rollouts=True, patience_empty=9)],
+    ),
+    Case(
+        "adaptive_batch",
+        callbacks=lambda: [AdaptiveBatchSize(16, NormTest(0.3), max_micro_batch_size=6, ema=0.5)],
+        expect=_grew,
+    ),
+    Case(
+        "adaptive_batch_both_ways",
+        callbacks=lambda: [
+            AdaptiveBatchSize(
+                16,
+                NoiseScale(0.25),
+                max_micro_batch_size=8,
+                min_batch_size=2,
+                ema=0.0,
+                allow_decrease=True,
+                lr_scaler=BatchSizeLRScaler("gain", critical_batch="noise_scale", ramp_steps=3),
+            )
+        ],
+    ),
+    Case(
+        "adaptive_batch_accumulate",
+        callbacks=lambda: [AdaptiveBatchSize(16, NormTest(0.3), mode="accumulate", ema=0.5)],
+        expect=_grew,
     ),
 ]
 

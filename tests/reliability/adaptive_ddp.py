@@ -1,0 +1,79 @@
+"""Run by test_adaptive_batch_ddp.py: train on two processes, resume from some steps, and write what was seen."""
+
+import json
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_grad import AdaptiveBatchSize, RandomStateCheckpoint
+from lightning_grad.allocation.batch_size import NormTest
+from lightning_grad.data import ResumableDataLoader
+
+N, EPOCHS = 97, 3
+
+
+class Net(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.Dropout(0.1), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        )
+        self.seen: list[int] = []
+
+    def training_step(self, batch, batch_idx):
+        x, y, index = batch
+        self.seen += index.tolist()
+        return (self.net(x)[:, 0] - y).square().mean()
+
+    def train_dataloader(self):
+        gen = torch.Generator().manual_seed(1)
+        x, y = torch.randn(N, 4, generator=gen), torch.randn(N, generator=gen)
+        data = torch.utils.data.TensorDataset(x, y, torch.arange(N))
+        return ResumableDataLoader(data, batch_size=3, shuffle=True)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adagrad(self.parameters(), lr=0.05)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total, cycle_momentum=False)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def run(folder: Path, ckpt: Path | None, mode: str):
+    pl.seed_everything(3 if ckpt is None else 4, verbose=False)
+    model = Net()
+    adaptive = AdaptiveBatchSize(40, NormTest(0.3), max_micro_batch_size=6, mode=mode, ema=0.5)
+    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=EPOCHS, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[RandomStateCheckpoint(), adaptive, saver], limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(model, ckpt_path=ckpt, weights_only=None if ckpt is None else True)
+    seen = [None, None]
+    dist.all_gather_object(seen, model.seen)
+    weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    return weights, seen, trainer.global_step, adaptive._driver.plan, adaptive.tests
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    result = {}
+    for mode in ("sampler", "accumulate"):
+        straight, seen, steps, plan, tests = run(out / mode, None, mode)
+        resumed = {}
+        for step in (1, steps // 3, steps // 2, steps - 1):
+            again, *_ = run(out / f"{mode}-again", out / mode / f"step={step}.ckpt", mode)
+            resumed[step] = bool(torch.equal(again, straight))
+        result[mode] = {
+            "seen": seen, "steps": steps, "resumed": resumed, "batch_size": plan.batch_size, "tests": tests
+        }  # fmt: skip
+    if dist.get_rank() == 0:
+        (out / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""AdaptiveBatchSize on two processes: every sample once over both, equal decisions, bit-exact resume."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    script = Path(__file__).with_name("adaptive_ddp.py")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], env=env, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    sampler, accumulate = result["sampler"], result["accumulate"]
+    counts = Counter(sampler["seen"][0] + sampler["seen"][1])
+    assert counts == dict.fromkeys(range(97), 3)  # three epochs
+    assert accumulate["batch_size"] > 6
+    assert sampler["batch_size"] > 6
+    for mode in (sampler, accumulate):
+        assert mode["tests"] > 0
+        assert len(mode["resumed"]) >= 3
+        assert all(mode["resumed"].values()), mode["resumed"]
