@@ -63,22 +63,23 @@ class NumpySnap:
 
     def __init__(self, eps: float) -> None:
         self._eps = eps
-        self._buffers: dict[np.dtype, NDArray] = {}  # type: ignore[type-arg]
+        self._buffers: dict[np.dtype, tuple[NDArray, NDArray]] = {}  # type: ignore[type-arg]
 
     def __call__(self, y: NDArray) -> None:  # type: ignore[type-arg]
         """Round ``y`` in place."""
         wide = y.dtype == np.float64
         integer: type = np.int64 if wide else np.int32
-        if y.dtype not in self._buffers or self._buffers[y.dtype].size < y.size:
-            self._buffers[y.dtype] = np.empty(max(y.size, CHUNK), dtype=integer)
-        magic = self._buffers[y.dtype][: y.size]
+        if y.dtype not in self._buffers or self._buffers[y.dtype][0].size < y.size:
+            size = max(y.size, CHUNK)
+            self._buffers[y.dtype] = np.empty(size, dtype=integer), np.empty(size, dtype=integer)
+        magic, sign = (buffer[: y.size] for buffer in self._buffers[y.dtype])
         bits: NDArray[np.signedinteger] = y.view(integer)
         mantissa = 52 if wide else 23
         np.bitwise_and(bits, integer(((1 << (11 if wide else 8)) - 1) << mantissa), out=magic)
         # positive floats compare as integers; one more in the exponent field doubles
         np.maximum(magic, y.dtype.type(self._eps).view(integer), out=magic)
         np.add(magic, integer(1 << mantissa), out=magic)
-        sign = np.bitwise_and(bits, np.iinfo(integer).min)
+        np.bitwise_and(bits, integer(np.iinfo(integer).min), out=sign)
         np.bitwise_or(magic, sign, out=magic)
         np.add(y, magic.view(y.dtype), out=y)
         np.subtract(y, magic.view(y.dtype), out=y)

@@ -75,13 +75,11 @@ class NumpyKernel:
                 future.result()
 
     def _range(self, layout: Layout, stores: Sequence[Storage], work: Pass, start: int, stop: int) -> None:
-        moves = _Sum(work.seed, work.moves, start)
-        changes = _Sum(work.seed, work.changes, start) if work.changes else None
+        sums = _Sums(work.seed, [work.moves, work.changes or ()], start)
         snap = NumpySnap(work.eps)
         for begin in range(start, stop, CHUNK):
             size = min(CHUNK, stop - begin)
-            added = moves.take(size) if work.moves else None
-            changed = changes.take(size) if changes else None
+            added, changed = sums.take(size)
             for piece in layout.pieces(begin, begin + size):
                 store = stores[piece.index]
                 chunk = store.load(piece.begin, piece.end, work.moving)
@@ -96,25 +94,36 @@ class NumpyKernel:
                 store.save(piece.begin, piece.end, chunk)
 
 
-class _Sum:
-    """Signed sums over directions, chunk after chunk; one generator per direction streams over the virtual index."""
+class _Sums:
+    """Signed sums over lists of directions, chunk after chunk; one generator per direction streams along."""
 
-    def __init__(self, seed: int, terms: Sequence[Weighted], start: int) -> None:
-        self._streams = [SignStream(seed, t, d, start // 256) for t, d, _ in terms]
-        self._tables = [bit_table() * np.float32(weight) for _, _, weight in terms]
-        self._sum = np.empty((CHUNK // 8, 8), dtype=np.float32)
-        self._next = np.empty_like(self._sum) if len(terms) > 1 else self._sum
+    def __init__(self, seed: int, lists: Sequence[Sequence[Weighted]], start: int) -> None:
+        # a direction may be in several lists: the last own one is taken back while its update is applied
+        tables: dict[tuple[int, int], list[tuple[int, NDArray[np.float32]]]] = {}
+        for number, terms in enumerate(lists):
+            for t, d, weight in terms:
+                tables.setdefault((t, d), []).append((number, bit_table() * np.float32(weight)))
+        self._streams = [(SignStream(seed, t, d, start // 256), rows) for (t, d), rows in tables.items()]
+        self._sums = [np.empty((CHUNK // 8, 8), dtype=np.float32) if terms else None for terms in lists]
+        self._next = np.empty((CHUNK // 8, 8), dtype=np.float32)
+        self._index = np.empty(CHUNK // 8, dtype=np.intp)
 
-    def take(self, size: int) -> NDArray[np.float32]:
-        rows = size // 8
-        out = self._sum[:rows]
-        for number, (stream, table) in enumerate(zip(self._streams, self._tables, strict=True)):
-            target = self._next[:rows] if number else out
-            # mode="raise" would buffer; a byte is always a valid row
-            np.take(table, stream.take(size), axis=0, out=target, mode="clip")
-            if number:
-                np.add(out, target, out=out)
-        return out.reshape(-1)
+    def take(self, size: int) -> list[NDArray[np.float32] | None]:
+        """Sums of the next ``size`` elements; ``None`` for an empty list."""
+        rows, index = size // 8, self._index[: size // 8]
+        started = [False] * len(self._sums)
+        for stream, uses in self._streams:
+            index[:] = stream.take(size)
+            for number, table in uses:
+                whole = self._sums[number]
+                assert whole is not None, "a list with terms has a sum"
+                target = self._next[:rows] if started[number] else whole[:rows]
+                # mode="raise" would buffer; a byte is always a valid row
+                np.take(table, index, axis=0, out=target, mode="clip")
+                if started[number]:
+                    np.add(whole[:rows], target, out=whole[:rows])
+                started[number] = True
+        return [None if whole is None else whole[:rows].reshape(-1) for whole in self._sums]
 
 
 class TorchKernel:

@@ -6,6 +6,7 @@ virtual index ``offset + m``, whatever the strides. The padding between paramete
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -55,7 +56,11 @@ class Layout:
 
     def pieces(self, start: int, stop: int) -> Iterator[Piece]:
         """Parts of parameters with virtual index in ``[start, stop)``, in order."""
-        for index, (offset, numel) in enumerate(zip(self.offsets, self.numels, strict=True)):
+        first = max(bisect_right(self.offsets, start) - 1, 0)
+        for index in range(first, len(self.offsets)):
+            offset, numel = self.offsets[index], self.numels[index]
+            if offset >= stop:
+                return
             begin, end = max(start, offset) - offset, min(stop, offset + numel) - offset
             if begin < end:
                 yield Piece(index, begin, end, offset + begin)
