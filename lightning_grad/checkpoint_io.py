@@ -134,6 +134,29 @@ class ChecksumCheckpointIO(CheckpointIO):
             )
 
 
+def checkpoint_fault(path: str) -> str | None:
+    """Say in one sentence why a run cannot resume from ``path``, before anything is read from it.
+
+    ``None``: nothing speaks against it. A remote path is not looked at, nor is a word that Lightning resolves itself.
+    """
+    if "://" in path or path in ("best", "last", "hpc", "registry"):
+        return None
+    file = Path(path)
+    if not file.exists():
+        return f"there is no checkpoint {path!r}."
+    if file.is_dir():  # a sharded checkpoint is a directory, with one of these inside
+        if any((file / name).exists() for name in (".metadata", "meta.pt", "checkpoint")):
+            return None
+        return f"{path!r} is a directory. Name a checkpoint file in it."
+    try:
+        _check(file, path)
+    except ChecksumError as error:
+        return str(error)
+    with open(file, "rb") as stream:
+        legacy = stream.read(1) == b"\x80"  # a bare pickle, which torch.save wrote before version 1.6
+    return None if legacy or is_zip_file(file) else f"{path!r} is not a file that torch.save wrote."
+
+
 def _check(path: Path, name: str) -> str:
     try:
         return check_file(path)

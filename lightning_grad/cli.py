@@ -26,7 +26,7 @@ import lightning_grad
 from lightning_grad._cli_errors import ConfigError, locate, one_line
 from lightning_grad._cli_optimizers import Interval, OptimizerPlan
 from lightning_grad.callbacks import RandomStateCheckpoint
-from lightning_grad.checkpoint_io import ChecksumCheckpointIO
+from lightning_grad.checkpoint_io import ChecksumCheckpointIO, checkpoint_fault
 from lightning_grad.optim.groups import OptimizerGroup
 
 
@@ -205,13 +205,14 @@ class LightningGradCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse ``args``; they may be given while the process has arguments of its own."""
         self.config = parser.parse_object(args) if isinstance(args, dict | Namespace) else parser.parse_args(args)
+        # now, because the stock class goes on to read hyperparameters from the file
+        checkpoint = self._section(self.config).get("ckpt_path")
+        fault = checkpoint_fault(str(checkpoint)) if checkpoint else None
+        if fault:
+            self._refuse(f"`ckpt_path`: {fault}")
 
     def instantiate_classes(self) -> None:
         """Instantiate model, data and Trainer; a value that a constructor refuses is one line and exit status 2."""
-        section = self._section(self.config)
-        checkpoint = section.get("ckpt_path")
-        if checkpoint and checkpoint not in ("best", "last", "hpc", "registry") and not _exists(checkpoint):
-            self._refuse(f"`ckpt_path`: there is no checkpoint {checkpoint!r}.")
         try:
             super().instantiate_classes()
             plan = self._optimizer_plan()
@@ -220,7 +221,7 @@ class LightningGradCLI(LightningCLI):
                 plan.attach(self.model)
         except _BAD_INPUT as error:
             if isinstance(self.parser, GradArgumentParser) and not _debugging():
-                self._refuse(locate(error, section.as_dict()))
+                self._refuse(locate(error, self._section(self.config).as_dict()))
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -283,10 +284,6 @@ def _chosen(section: Namespace, offered: Mapping[str, Any]) -> dict[str, Any] | 
             chosen: dict[str, Any] = init.as_dict()
             return chosen
     return None
-
-
-def _exists(path: str) -> bool:
-    return "://" in str(path) or Path(path).exists()
 
 
 def _use_checksums(trainer: Trainer, plugins: Any) -> None:

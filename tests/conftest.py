@@ -1,5 +1,6 @@
 """Every test starts from one thread and one seed, and leaves no global state behind."""
 
+import logging
 import os
 import random
 
@@ -18,8 +19,10 @@ def _deterministic():
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
+    loud = logging.getLogger("lightning.pytorch").level  # the examples' comparisons turn it down
     launched = {name: os.environ.get(name) for name in LAUNCH}
     yield
+    logging.getLogger("lightning.pytorch").setLevel(loud)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     for name, value in launched.items():

@@ -21,12 +21,12 @@ from lightning_grad import DiffGrad
 from lightning_grad.demos import DigitsCNN, DigitsData, RecordMetrics
 
 HERE = Path(__file__).parent
-ADAPTIVE = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+ADAPTIVE = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 METHODS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[float, ...]]] = {
     "DiffGrad": (DiffGrad, ADAPTIVE),
     "AdamW": (torch.optim.AdamW, ADAPTIVE),
-    "SGD, momentum 0.9": (lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9), (1e-2, 2e-2, 4e-2, 8e-2, 0.16, 0.32)),
-    "SGD": (torch.optim.SGD, (0.04, 0.08, 0.16, 0.32, 0.64, 1.28)),
+    "SGD, momentum 0.9": (lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9), (0.02, 0.04, 0.08, 0.16)),
+    "SGD": (torch.optim.SGD, (0.08, 0.16, 0.32, 0.64)),
 }
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     grid, best = [], []
     for name, (make, rates) in METHODS.items():
-        runs = {lr: [train(make, lr, seed, epochs) for seed in seeds] for lr in (rates[2:4] if short else rates)}
+        runs = {lr: [train(make, lr, seed, epochs) for seed in seeds] for lr in (rates[1:3] if short else rates)}
         losses = {lr: statistics.mean(r.last("val/loss") for r in records) for lr, records in runs.items()}
         grid.append((name, losses))
         chosen = min(losses, key=lambda lr: losses[lr])

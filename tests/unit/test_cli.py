@@ -190,6 +190,30 @@ def test_a_second_run_and_a_resume_in_the_same_folder(tmp_path: Path):
     assert yaml.safe_load(Path("run/config-1.yaml").read_text())["trainer"]["max_epochs"] == 2
 
 
+def test_a_checkpoint_that_cannot_be_resumed(capsys):
+    words = [w for w in QUIET if "checkpointing" not in w and "max_epochs" not in w]
+    words = ["fit", f"--model={HERE}Tiny", *DATA, *words, *SGD, "--trainer.default_root_dir=run"]
+    assert main([*words, "--trainer.max_epochs=1"]) == 0
+    checkpoint = next(Path("run").rglob("*.ckpt"))
+    whole = checkpoint.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    for name, content, line in [
+        ("flipped.ckpt", bytes(flipped), "flipped.ckpt: the contents do not match the SHA-256"),
+        ("short.ckpt", whole[: len(whole) // 2], "short.ckpt: the end of the file is missing"),
+        ("empty.ckpt", b"", "empty.ckpt: the file is empty."),
+        ("text.ckpt", b"hello", "'text.ckpt' is not a file that torch.save wrote."),
+        ("run", None, "'run' is a directory. Name a checkpoint file in it."),
+    ]:
+        if content is not None:
+            Path(name).write_bytes(content)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([*words, f"--ckpt_path={name}"])
+        assert stop.value.code == 2
+        assert f"lightning-grad: error: `ckpt_path`: {line}" in capsys.readouterr().err
+
+
 def test_a_run_without_a_folder_does_not_touch_the_users_config(tmp_path: Path):
     text = yaml.safe_dump({"model": HERE + "Tiny", "data": HERE + "TinyData", "optimizer": "SGD"})
     Path("config.yaml").write_text(text)
