@@ -78,16 +78,16 @@ class SPSAEngine:
 
     def perturb(self, terms: Sequence[tuple[int, int, int]]) -> None:
         """Add ``multiple * eps * z(step, direction)`` for each ``(step, direction, multiple)``, in one pass."""
-        total = dict(self.state)
-        for step, direction, multiple in terms:
-            total[step, direction] = total.get((step, direction), 0) + multiple
+        moves: dict[tuple[int, int], int] = {}
+        for step, direction, multiple in terms:  # one look-up for a direction that is named twice
+            moves[step, direction] = moves.get((step, direction), 0) + multiple
+        total = {key: self.state.get(key, 0) + moves.get(key, 0) for key in {**self.state, **moves}}
         total = {key: multiple for key, multiple in total.items() if multiple}
         if sum(map(abs, total.values())) > 1:
             raise ValueError(f"the grid holds one direction at a time, at +1 or -1 eps; this would be {total}.")
         self.state = total
-        if self.restore_mode == "copy":
-            terms = [(t, d, multiple) for (t, d), multiple in self.state.items()]
-        self._run([(t, d, self.eps * multiple) for t, d, multiple in terms if multiple])
+        wanted = self.state if self.restore_mode == "copy" else moves
+        self._run([(t, d, self.eps * multiple) for (t, d), multiple in wanted.items() if multiple])
 
     def restore(self) -> None:
         """Return to the exact point; nothing happens if the parameters are there."""

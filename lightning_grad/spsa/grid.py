@@ -12,6 +12,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,31 +59,39 @@ def snap_(tensor: Tensor, eps: float) -> Tensor:
     return tensor.add_(magic).sub_(magic)  # two roundings by design: never simplify
 
 
-class NumpySnap:
-    """:func:`snap_` for numpy float32 and float64 chunks, with integer arithmetic and buffers that are used again."""
+class ChunkSnap:
+    """:func:`snap_` for numpy chunks, with buffers that are used again: time counts by the call and by the pass.
+
+    The magic number is another one. Any multiple of ``4 ulp(h)`` that brings ``|y|`` between ``2 h`` and ``4 h`` rounds
+    alike; ``max(|y| without its last two bits, 2 eps)`` is one, and costs a pass less.
+    """
 
     def __init__(self, eps: float) -> None:
-        self._eps = eps
-        self._buffers: dict[np.dtype, tuple[NDArray, NDArray]] = {}  # type: ignore[type-arg]
+        self._least = 2.0 * eps
+        self._dtype: np.dtype[Any] | None = None
+        self._size = 0
+
+    def _prepare(self, size: int, dtype: np.dtype[Any]) -> None:
+        self._dtype, self._size = dtype, size
+        self._bits = np.dtype(np.int64 if dtype == np.float64 else np.int32)
+        integer = self._bits.type
+        self._kept, self._sign_mask = integer(np.iinfo(integer).max - 3), integer(np.iinfo(integer).min)
+        self._head, self._sign = np.empty(size, dtype=integer), np.empty(size, dtype=integer)
+        self._bounded = torch.from_numpy(self._head.view(dtype))
 
     def __call__(self, y: NDArray) -> None:  # type: ignore[type-arg]
-        """Round ``y`` in place."""
-        wide = y.dtype == np.float64
-        integer: type = np.int64 if wide else np.int32
-        if y.dtype not in self._buffers or self._buffers[y.dtype][0].size < y.size:
-            size = max(y.size, CHUNK)
-            self._buffers[y.dtype] = np.empty(size, dtype=integer), np.empty(size, dtype=integer)
-        magic, sign = (buffer[: y.size] for buffer in self._buffers[y.dtype])
-        bits: NDArray[np.signedinteger] = y.view(integer)
-        mantissa = 52 if wide else 23
-        np.bitwise_and(bits, integer(((1 << (11 if wide else 8)) - 1) << mantissa), out=magic)
-        # positive floats compare as integers; one more in the exponent field doubles
-        np.maximum(magic, y.dtype.type(self._eps).view(integer), out=magic)
-        np.add(magic, integer(1 << mantissa), out=magic)
-        np.bitwise_and(bits, integer(np.iinfo(integer).min), out=sign)
-        np.bitwise_or(magic, sign, out=magic)
-        np.add(y, magic.view(y.dtype), out=y)
-        np.subtract(y, magic.view(y.dtype), out=y)
+        """Round ``y``, float32 or float64, in place."""
+        size = y.size
+        if self._dtype != y.dtype or self._size < size:
+            self._prepare(max(size, self._size), y.dtype)
+        bits, head, sign = y.view(self._bits), self._head[:size], self._sign[:size]
+        np.bitwise_and(bits, self._kept, out=head)
+        self._bounded[:size].clamp_(min=self._least)  # three times as fast as numpy's maximum
+        np.bitwise_and(bits, self._sign_mask, out=sign)
+        np.bitwise_or(head, sign, out=head)
+        magic = head.view(y.dtype)
+        np.add(y, magic, out=y)
+        np.subtract(y, magic, out=y)
 
 
 def digest_chunk(values: Tensor, virtual_start: int) -> int:

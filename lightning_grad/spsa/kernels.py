@@ -9,6 +9,7 @@ Bytes moved per pass: read and write of the parameters once, whatever the number
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_grad.spsa.grid import CHUNK, NumpySnap, snap_
+from lightning_grad.spsa.grid import CHUNK, ChunkSnap, snap_
 from lightning_grad.spsa.layout import Layout, Storage
 from lightning_grad.spsa.signs import SignStream, bit_table, sign_bytes
 
+PASS_CHUNK = 4 * CHUNK  # of the numpy kernel: a call costs as much as thousands of elements
 Weighted = tuple[int, int, float]  # (step, direction, weight): adds weight * z
 
 
@@ -64,11 +66,11 @@ class NumpyKernel:
 
     def run(self, layout: Layout, stores: Sequence[Storage], work: Pass, start: int, stop: int) -> None:
         """See :class:`Kernel`. Chunks are shared among ``torch.get_num_threads()`` threads."""
-        threads = min(torch.get_num_threads(), (stop - start) // (4 * CHUNK))
+        threads = min(torch.get_num_threads(), (stop - start) // PASS_CHUNK)
         if threads <= 1:
             self._range(layout, stores, work, start, stop)
             return
-        step = -(-(stop - start) // (threads * CHUNK)) * CHUNK
+        step = -(-(stop - start) // (threads * PASS_CHUNK)) * PASS_CHUNK
         bounds = [(b, min(b + step, stop)) for b in range(start, stop, step)]
         with ThreadPoolExecutor(len(bounds)) as pool:
             for future in [pool.submit(self._range, layout, stores, work, b, e) for b, e in bounds]:
@@ -76,54 +78,75 @@ class NumpyKernel:
 
     def _range(self, layout: Layout, stores: Sequence[Storage], work: Pass, start: int, stop: int) -> None:
         sums = _Sums(work.seed, [work.moves, work.changes or ()], start)
-        snap = NumpySnap(work.eps)
-        for begin in range(start, stop, CHUNK):
-            size = min(CHUNK, stop - begin)
-            added, changed = sums.take(size)
+        snap = ChunkSnap(work.eps)
+        arrays = [store.array() for store in stores]
+        for begin in range(start, stop, PASS_CHUNK):
+            size = min(PASS_CHUNK, stop - begin)
+            added = sums.take(size)
             for piece in layout.pieces(begin, begin + size):
-                store = stores[piece.index]
-                chunk = store.load(piece.begin, piece.end, work.moving)
-                x = chunk.numpy()
-                part = slice(piece.virtual - begin, piece.virtual - begin + len(x))
-                if added is not None:
-                    np.add(x, added[part], out=x)
-                if changed is not None:
-                    np.add(x, changed[part], out=x)
+                array, chunk = arrays[piece.index], None
+                if array is None:
+                    chunk = stores[piece.index].load(piece.begin, piece.end, work.moving)
+                    x = chunk.numpy()
+                else:
+                    x = array[piece.begin : piece.end]
+                first = piece.virtual - begin
+                for values in added:
+                    np.add(x, values[first : first + x.size], out=x)
                 if not work.moving:
                     snap(x)
-                store.save(piece.begin, piece.end, chunk)
+                if chunk is not None:
+                    stores[piece.index].save(piece.begin, piece.end, chunk)
 
 
 class _Sums:
-    """Signed sums over lists of directions, chunk after chunk; one generator per direction streams along."""
+    """Signed sums over lists of directions, chunk after chunk; one generator per direction streams along.
+
+    A direction may be in two lists: the last own one is taken back while its update is applied. Its bits are drawn
+    once.
+    """
 
     def __init__(self, seed: int, lists: Sequence[Sequence[Weighted]], start: int) -> None:
-        # a direction may be in several lists: the last own one is taken back while its update is applied
+        lists = [terms for terms in lists if terms]
+        self._sums = [np.empty((PASS_CHUNK // 8, 8), dtype=np.float32) for _ in lists]
+        self._flat = [whole.reshape(-1) for whole in self._sums]
+        self._next = np.empty((PASS_CHUNK // 8, 8), dtype=np.float32)
+        self._index = np.empty(PASS_CHUNK // 8, dtype=np.intp)
+        self._ratio = _ratio(lists)
         tables: dict[tuple[int, int], list[tuple[int, NDArray[np.float32]]]] = {}
-        for number, terms in enumerate(lists):
+        for number, terms in enumerate(lists if self._ratio is None else lists[:1]):
             for t, d, weight in terms:
                 tables.setdefault((t, d), []).append((number, bit_table() * np.float32(weight)))
-        self._streams = [(SignStream(seed, t, d, start // 256), rows) for (t, d), rows in tables.items()]
-        self._sums = [np.empty((CHUNK // 8, 8), dtype=np.float32) if terms else None for terms in lists]
-        self._next = np.empty((CHUNK // 8, 8), dtype=np.float32)
-        self._index = np.empty(CHUNK // 8, dtype=np.intp)
+        self._streams = [(SignStream(seed, t, d, start // 256), uses) for (t, d), uses in tables.items()]
 
-    def take(self, size: int) -> list[NDArray[np.float32] | None]:
-        """Sums of the next ``size`` elements; ``None`` for an empty list."""
+    def take(self, size: int) -> list[NDArray[np.float32]]:
+        """Sums of the next ``size`` elements, for each list that is not empty; good until the next call."""
         rows, index = size // 8, self._index[: size // 8]
         started = [False] * len(self._sums)
         for stream, uses in self._streams:
             index[:] = stream.take(size)
             for number, table in uses:
-                whole = self._sums[number]
-                assert whole is not None, "a list with terms has a sum"
-                target = self._next[:rows] if started[number] else whole[:rows]
-                # mode="raise" would buffer; a byte is always a valid row
-                np.take(table, index, axis=0, out=target, mode="clip")
+                whole = self._sums[number][:rows]
+                target = self._next[:rows] if started[number] else whole
+                table.take(index, 0, target, "clip")  # "raise" would buffer; a byte is always a valid row
                 if started[number]:
-                    np.add(whole[:rows], target, out=whole[:rows])
+                    np.add(whole, target, out=whole)
                 started[number] = True
-        return [None if whole is None else whole[:rows].reshape(-1) for whole in self._sums]
+        if self._ratio is not None:
+            np.multiply(self._flat[0], self._ratio, out=self._flat[1])
+        return self._flat
+
+
+def _ratio(lists: Sequence[Sequence[Weighted]]) -> np.float32 | None:
+    """Quotient of the weights of two lists that both hold the same single direction, if it is exact.
+
+    A product costs less than a second look-up.
+    """
+    if [len(terms) for terms in lists] != [1, 1] or lists[0][0][:2] != lists[1][0][:2]:
+        return None
+    first, second = lists[0][0][2], lists[1][0][2]
+    power_of_two = abs(math.frexp(first)[0]) == 0.5
+    return np.float32(second / first) if power_of_two and 2.0**-100 < abs(second / first) < 2.0**100 else None
 
 
 class TorchKernel:

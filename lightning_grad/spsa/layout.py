@@ -10,9 +10,11 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_grad.spsa.errors import SPSAConfigError
@@ -150,11 +152,6 @@ class Storage:
         """Of the logical value."""
         return torch.float64 if self.param.dtype == torch.float64 else torch.float32
 
-    @property
-    def independent(self) -> bool:
-        """Whether the exact value lives apart from the perturbed parameter."""
-        return False
-
     def open(self) -> None:
         """Start a pass. A parameter that is not contiguous is worked on in a row-major copy."""
         self._dense = self.param.detach()
@@ -171,6 +168,10 @@ class Storage:
         """The parameter's elements during a pass."""
         assert self._dense is not None, "Storage.open() comes first"
         return self._dense
+
+    def array(self) -> NDArray[np.floating[Any]] | None:
+        """During a pass on the CPU: the logical value itself, to be changed in place; ``None``: only by chunks."""
+        return self.flat.numpy() if type(self) is Storage else None
 
     def load(self, begin: int, end: int, moving: bool) -> Tensor:
         """Chunk of the logical value; ``moving`` says that a perturbation follows, not an update."""
@@ -238,10 +239,6 @@ class CopyStorage(Storage):
     def __init__(self, param: Tensor) -> None:
         super().__init__(param)
         self.master = param.detach().to(self.dtype, copy=True).reshape(-1).clone()
-
-    @property
-    def independent(self) -> bool:  # noqa: D102
-        return True
 
     def load(self, begin: int, end: int, moving: bool) -> Tensor:  # noqa: D102
         chunk = self.master[begin:end]

@@ -123,6 +123,19 @@ def test_kernels_agree_bit_by_bit(name, dtype, monkeypatch):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("outstanding", [1, -1])
+@pytest.mark.parametrize("terms", [[(0, 7, 3e-3)], [(0, 8, 3e-3)], [(0, 7, 3e-3), (0, 8, 1e-3)]], ids=str)
+def test_restoring_and_updating_in_one_pass_equals_two(outstanding, terms):
+    start = torch.randn(300_000, generator=torch.Generator().manual_seed(1)) * 0.02
+    one, two = (engine([("p", torch.nn.Parameter(start.clone()))]) for _ in range(2))
+    for e in (one, two):
+        e.perturb([(0, 7, outstanding)])
+    two.restore()
+    for e in (one, two):
+        e.apply(terms)
+    assert torch.equal(one.params[0], two.params[0])
+
+
 def test_threads_do_not_change_the_bits():
     torch.set_num_threads(3)
     try:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_grad.spsa import digest64, eps_exponent, fingerprint, snap_
-from lightning_grad.spsa.grid import NumpySnap
+from lightning_grad.spsa.grid import ChunkSnap
 
 EPS_LOG2 = [-6, -10, -14]
 
@@ -58,11 +58,11 @@ def test_snap_error_is_within_the_stated_bound(eps_log2):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_numpy_snap_gives_the_same_bits(dtype):
+def test_chunk_snap_gives_the_same_bits(dtype):
     y = awkward_values(dtype)
     for eps in (2.0**-20, 2.0**-10, 2.0**-2):
         z = y.clone().numpy()
-        NumpySnap(eps)(z)
+        ChunkSnap(eps)(z)
         assert z.tobytes() == snap_(y.clone(), eps).numpy().tobytes()
 
 
