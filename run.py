@@ -32,7 +32,7 @@ EXTRAS = {
     "demo": {"demo"},
     "bench": {"demo", "test"},
     "docs": {"docs"},
-    "test": {"demo", "docs", "hf", "test", "triton"},
+    "test": {"demo", "docs", "hf", "minilm", "test", "triton"},
 }
 NETWORK_SIGNS = (
     "Failed to establish a new connection",

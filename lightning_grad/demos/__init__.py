@@ -6,6 +6,7 @@ The data modules use optional packages only when set up.
 from lightning_grad.demos.arithmetic_policy import ArithmeticPolicy, ArithmeticPrompts
 from lightning_grad.demos.curves import RecordMetrics
 from lightning_grad.demos.digits import DigitsCNN, DigitsData, DigitsMLP
+from lightning_grad.demos.docstrings import DocstringData, MiniLMSentences
 from lightning_grad.demos.source_text import SourceText
 from lightning_grad.demos.summary import PrintSummary
 from lightning_grad.demos.threads import LimitThreads
@@ -17,7 +18,9 @@ __all__ = [
     "DigitsCNN",
     "DigitsData",
     "DigitsMLP",
+    "DocstringData",
     "LimitThreads",
+    "MiniLMSentences",
     "PrintSummary",
     "RecordMetrics",
     "SourceText",

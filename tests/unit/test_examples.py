@@ -15,6 +15,13 @@ COMPARISONS = sorted(EXAMPLES.glob("*/compare.py"))
 COMMAND = re.compile(r"^lightning-grad (\w+) -c examples/(\S+?)/config\.yaml", re.MULTILINE)
 
 
+def need_packages(folder: Path) -> None:
+    """Skip an example whose `requires.txt` names a module that is not installed."""
+    listed = folder / "requires.txt"
+    for module in listed.read_text(encoding="utf-8").split() if listed.exists() else []:
+        pytest.importorskip(module)
+
+
 def named(path: Path) -> str:
     return path.parent.name
 
@@ -35,6 +42,7 @@ def test_the_command_is_read_from_a_readme():
 
 @pytest.mark.parametrize("config", CONFIGS, ids=named)
 def test_example_runs(config, tmp_path, monkeypatch, capsys):
+    need_packages(config.parent)
     from lightning_grad.cli import main
 
     readme = (config.parent / "README.md").read_text(encoding="utf-8")
@@ -55,6 +63,7 @@ def test_example_runs(config, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("script", COMPARISONS, ids=named)
 def test_comparison_runs(script, tmp_path, monkeypatch, capsys):
+    need_packages(script.parent)
     import matplotlib
 
     matplotlib.use("Agg")
