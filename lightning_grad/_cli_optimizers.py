@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,8 +19,9 @@ from torch.optim import Optimizer
 
 from lightning_grad._cli_errors import ConfigError
 from lightning_grad.optim.groups import OptimizerGroup, named_groups
+from lightning_grad.optim.last_iterate_lr import LinearDecayLR
 
-Interval = Literal["epoch", "step"]
+Interval = Literal["auto", "epoch", "step"]
 
 
 @dataclass
@@ -33,7 +35,7 @@ class OptimizerPlan:
     Args:
         optimizer: Mapping with ``class_path`` and ``init_args``.
         lr_scheduler: The same for a scheduler, or ``None``.
-        interval: When the scheduler steps.
+        interval: When the scheduler steps; ``auto``: each step for schedules that count steps, else each epoch.
         groups: Parameters with settings of their own.
         no_decay: Words that mark modules whose parameters do not decay.
         combine: ``(module, optimizer, lr_scheduler) -> value of configure_optimizers``.
@@ -75,12 +77,29 @@ class OptimizerPlan:
         scheduler_cls, scheduler_kwargs = _resolve(self.lr_scheduler)
         scheduler = _build(scheduler_cls, optimizer, scheduler_kwargs, "`lr_scheduler`")
         combined = self.combine(module, optimizer=optimizer, lr_scheduler=scheduler)
-        if self.interval == "epoch":
+        if self._interval_of(scheduler, module) == "epoch":
             return combined
-        entry: dict[str, Any] = {"scheduler": scheduler, "interval": self.interval}
+        entry: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if hasattr(scheduler, "monitor"):
             entry["monitor"] = scheduler.monitor
         return {"optimizer": optimizer, "lr_scheduler": entry}
+
+    def _interval_of(self, scheduler: Any, module: LightningModule) -> str:
+        """When the scheduler steps; one of ours that lacks the length of the run is told."""
+        counts = getattr(scheduler, "interval", None)
+        name = type(scheduler).__name__
+        if counts == "step" and self.interval == "epoch":
+            raise ConfigError(f"`lr_scheduler_interval`: {name} counts optimizer steps; leave the interval out.")
+        if counts is not None and scheduler.total is None:
+            total = module.trainer.estimated_stepping_batches
+            if math.isfinite(total) and total > 0:
+                _checked(lambda: scheduler.resolve(int(total)), f"`lr_scheduler` ({name})")
+            elif isinstance(scheduler, LinearDecayLR):
+                raise ConfigError(
+                    f"`lr_scheduler`: {name} needs to know the number of steps and this run has no end. Set `total`,"
+                    " or `trainer.max_steps` or `trainer.max_epochs`, or use CooldownLR."
+                )
+        return str(counts or ("epoch" if self.interval == "auto" else self.interval))
 
     def _groups(self, module: LightningModule, cls: type[Optimizer], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
         try:
@@ -113,10 +132,14 @@ def _resolve(init: Mapping[str, Any]) -> tuple[type[Any], dict[str, Any]]:
 
 
 def _build(cls: type[Any], first: Any, kwargs: dict[str, Any], key: str) -> Any:
+    return _checked(lambda: cls(first, **kwargs), f"{key} ({cls.__name__})")
+
+
+def _checked(call: Callable[[], Any], where: str) -> Any:
     try:
-        return cls(first, **kwargs)
+        return call()
     except ValueError as error:
-        raise ConfigError(f"{key} ({cls.__name__}): {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _try(

@@ -190,7 +190,10 @@ class LightningGradCLI(LightningCLI):
             "words, e.g. [bias, norm, embedding].",
         )
         parser.add_argument(
-            "--lr_scheduler_interval", type=Interval, default="epoch", help="When the lr_scheduler steps."
+            "--lr_scheduler_interval",
+            type=Interval,
+            default="auto",
+            help="When the lr_scheduler steps; auto: each step for schedules that count steps, else each epoch.",
         )
 
     def link_optimizers_and_lr_schedulers(self, parser: LightningArgumentParser) -> None:  # type: ignore[override]
@@ -259,7 +262,7 @@ class LightningGradCLI(LightningCLI):
         return OptimizerPlan(
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            interval=section.get("lr_scheduler_interval", "epoch"),
+            interval=section.get("lr_scheduler_interval", "auto"),
             combine=self.configure_optimizers,
             groups=section.get("optimizer_groups") or [],
             no_decay=section.get("no_decay") or [],

@@ -13,6 +13,7 @@ from lightning_grad.callbacks.adaptive_batch_size import AdaptiveBatchSize
 from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
 from lightning_grad.callbacks.bind_data_size import BindDataSize
 from lightning_grad.callbacks.iterate_averaging import IterateAveraging
+from lightning_grad.callbacks.loss_normalized_lr import LossNormalizedLR
 from lightning_grad.callbacks.nvfp4_monitor import NVFP4Monitor
 from lightning_grad.callbacks.nvfp4_switch import NVFP4PrecisionSwitch
 from lightning_grad.callbacks.optimizer_stats import OptimizerStats
@@ -32,6 +33,7 @@ __all__ = [
     "DynamicSampleAllocation",
     "InnerProductTest",
     "IterateAveraging",
+    "LossNormalizedLR",
     "NVFP4Monitor",
     "NVFP4PrecisionSwitch",
     "NoiseScale",

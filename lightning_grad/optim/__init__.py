@@ -3,6 +3,7 @@
 from lightning_grad.optim.adagrad_norm import AdaGradNorm
 from lightning_grad.optim.adamp import AdamP
 from lightning_grad.optim.diffgrad import DiffGrad
+from lightning_grad.optim.last_iterate_lr import CooldownLR, InverseSqrtLR, LinearDecayLR, StronglyConvexLR
 from lightning_grad.optim.normalized_gd import NormalizedGD
 from lightning_grad.optim.optimistic import OptimisticFTRL, OptimisticOMD
 from lightning_grad.optim.optimistic_adam import OptimisticAdam
@@ -17,10 +18,14 @@ __all__ = [
     "SGLD",
     "AdaGradNorm",
     "AdamP",
+    "CooldownLR",
     "DiffGrad",
+    "InverseSqrtLR",
+    "LinearDecayLR",
     "NormalizedGD",
     "OptimisticAdam",
     "OptimisticFTRL",
     "OptimisticOMD",
+    "SamplesLR",
+    "StronglyConvexLR",
 ]
-__all__ = ["SGDP", "AdaGradNorm", "AdamP", "DiffGrad", "SamplesLR"]

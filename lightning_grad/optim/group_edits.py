@@ -29,6 +29,7 @@ class GroupEdits:
     def __init__(self, optimizer: Optimizer) -> None:
         self._edits: list[Edit] = []
         self._saved: list[tuple[dict[str, Any], str, Any]] = []
+        self._in_step = False
         optimizer.register_step_pre_hook(lambda opt, *_: self._apply(opt))
         optimizer.register_step_post_hook(lambda *_: self.restore())
 
@@ -46,13 +47,23 @@ class GroupEdits:
 
     def restore(self) -> None:
         """Put the values of before the step back; for a step that was left by an exception."""
+        self._in_step = False
         while self._saved:
             group, key, value = self._saved.pop()
             _assign(group, key, value)
 
+    def refresh(self, optimizer: Optimizer) -> None:
+        """Make the edits anew from inside a step, for one that depends on what the step's closure computed.
+
+        Outside a step it does nothing: if the closure ran before (a loss scaler does that), the step itself will do.
+        """
+        if self._in_step:
+            self._apply(optimizer)
+
     @torch.no_grad()
     def _apply(self, optimizer: Optimizer) -> None:
         self.restore()
+        self._in_step = True
         for edit in self._edits:
             for index, group in enumerate(optimizer.param_groups):
                 for key, value in edit(index, group).items():

@@ -7,15 +7,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightning_grad._validate import check_choice, check_int, check_range
+from lightning_grad.optim._closed_form_lr import ClosedFormLR
 
 Shape = Literal["cosine", "linear", "inverse_sqrt", "cooldown"]
 
 
-class SamplesLR(LRScheduler):
+class SamplesLR(ClosedFormLR):
     r"""A schedule whose progress is the number of samples processed, so that it ends where the data ends.
 
     With :math:`s` samples seen of :math:`N` in total, the first :math:`w` of them warm-up and
@@ -125,12 +125,3 @@ class SamplesLR(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.driven = False
-
-    def _write(self) -> None:
-        rates = self.get_lr()
-        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(float(lr))
-            else:
-                group["lr"] = lr
-        self._last_lr: list[Any] = [group["lr"] for group in self.optimizer.param_groups]

@@ -49,7 +49,10 @@ WORDS = [
     (["--trainer.max_epochs=many"], "`trainer.max_epochs`: expected int, got 'many'."),
     (["--model.width=wide"], "`model.width`: expected int, got 'wide'."),
     ([*SGD, "--optimizer.lr=fast"], "`optimizer.lr`: expected float, got 'fast'."),
-    ([*SGD, "--lr_scheduler_interval=week"], "`lr_scheduler_interval`: expected 'epoch' or 'step', got 'week'."),
+    (
+        [*SGD, "--lr_scheduler_interval=week"],
+        "`lr_scheduler_interval`: expected 'auto', 'epoch' or 'step', got 'week'.",
+    ),
     # a value out of range
     (["--model.width=0"], "`model` (Tiny): `width` must be an integer >= 1, got 0."),
     ([CALLBACK, "--trainer.callbacks.beta=3"], "`trainer.callbacks[0]` (Picky): `beta` must be in (0, 1), got 3.0."),
