@@ -51,7 +51,7 @@ WORDS = [
     ([*SGD, "--optimizer.lr=fast"], "`optimizer.lr`: expected float, got 'fast'."),
     (
         [*SGD, "--lr_scheduler_interval=week"],
-        "`lr_scheduler_interval`: expected 'auto', 'epoch' or 'step', got 'week'.",
+        "`lr_scheduler_interval`: expected 'auto' or 'epoch' or 'step', got 'week'.",
     ),
     # a value out of range
     (["--model.width=0"], "`model` (Tiny): `width` must be an integer >= 1, got 0."),
