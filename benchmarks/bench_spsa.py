@@ -247,7 +247,7 @@ def _member(rank: int, size: int, payload: int, steps: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-def wire() -> None:
+def wire(payloads: tuple[int, ...] = (1, 16, 256)) -> None:
     """Bytes on a loopback that nobody else uses."""
     if os.environ.get("SPSA_BENCH_NAMESPACE") != "1":
         environment = {**os.environ, "SPSA_BENCH_NAMESPACE": "1"}
@@ -257,7 +257,7 @@ def wire() -> None:
         fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", 1))  # SIOCSIFFLAGS: up
     print("\nbytes on the wire, gloo all_gather")
     fork = multiprocessing.get_context("fork")
-    for number, (size, payload) in enumerate((n, k) for n in (2, 4) for k in (1, 16, 256)):
+    for number, (size, payload) in enumerate((n, k) for n in (2, 4) for k in payloads):
         members = [fork.Process(target=_member, args=(r, size, payload, 300, 29600 + number)) for r in range(size)]
         for member in members:
             member.start()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lightning_grad.spsa import commands
 from lightning_grad.spsa.auth import Authenticator
 from lightning_grad.spsa.elastic import ElasticOptions, ElasticWorker, Schedule
 from lightning_grad.spsa.errors import StoreLostError
@@ -185,6 +186,14 @@ class Child:
             "rejected": worker.rejected, "stopped": worker.stopped,
         }  # fmt: skip
         return result
+
+
+def start_store_command(port: int, journal: Path) -> Any:
+    """`lightning-grad spsa store` in a process of its own."""
+    words = ["store", "--port", str(port), "--run-id", RUN, "--journal", str(journal), "--until-finished"]
+    process = FORK.Process(target=commands.main, args=(words,), daemon=True)
+    process.start()
+    return process
 
 
 def _work(child: Child, plan: Plan) -> None:

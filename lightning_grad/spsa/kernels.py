@@ -133,7 +133,7 @@ class _Sums:
                     np.add(whole, target, out=whole)
                 started[number] = True
         if self._ratio is not None:
-            np.multiply(self._flat[0], self._ratio, out=self._flat[1])
+            np.multiply(self._flat[0][:size], self._ratio, out=self._flat[1][:size])
         return self._flat
 
 

@@ -57,7 +57,7 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         raise SPSAConfigError(f"{type(module).__name__}.backward is never called under SPSA; remove the override.")
     if is_overridden("configure_gradient_clipping", module, pl.LightningModule):
         name = type(module).__name__
-        rank_zero_warn(f"{name}.configure_gradient_clipping is never called under SPSA; remove the override.")
+        rank_zero_warn(f"{name}.configure_gradient_clipping finds no gradients under SPSA; remove the override.")
 
 
 def check_optimizers(optimizers: list[Optimizer]) -> None:

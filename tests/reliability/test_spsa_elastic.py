@@ -8,7 +8,8 @@ import pytest
 from lightning_grad.spsa import Journal, replay
 from lightning_grad.spsa.auth import Authenticator
 from lightning_grad.spsa.observer import preload
-from tests.spsa_elastic import RUN, Plan, Run
+from lightning_grad.spsa.store import Store
+from tests.spsa_elastic import RUN, Plan, Run, start_store_command
 from tests.spsa_helpers import tiny_model
 from tests.unit.test_spsa_elastic import check_equal
 
@@ -108,6 +109,33 @@ def test_the_store_dies_and_starts_again_from_the_journal(tmp_path):
     assert list(journal)[: len(longest)] == list(longest)
     assert len(journal) == 80
     assert replay(tiny_model().named_parameters(), journal).digest64() == results[0]["digest"]
+
+
+def test_the_store_command_is_killed_and_started_again_with_its_file(tmp_path):
+    path = tmp_path / "run.spsa"
+    lengths = []
+    for part in ("a", "b"):
+        run = Run(tmp_path / part, total_steps=80, options={"min_workers": 2, "step_timeout": 0.5})
+        run.folder.mkdir()
+        server = start_store_command(run.port, path)
+        watching = Store(f"127.0.0.1:{run.port}", RUN)
+        run.start()
+        run.start()
+        if part == "a":
+            assert watching.wait(["r/20"], 30)
+            server.kill()
+        results = run.finish(50)
+        server.join(20)
+        lengths.append(len(Journal.load(path)))
+        if part == "a":
+            assert server.exitcode == -9
+            assert all("lost the store" in result["lost"] for result in results.values())
+            first = list(Journal.load(path))
+    assert lengths[0] >= 15  # the file is behind the store by what was read last
+    assert lengths[1] == 80
+    journal = check_equal(results)
+    assert list(journal)[: len(first)] == first
+    assert Journal.load(path).to_bytes() == journal.to_bytes()
 
 
 def test_all_members_die_and_a_newcomer_goes_on(tmp_path):

@@ -1,6 +1,8 @@
 """Elastic runs: the protocol's pieces, and short runs of real processes (oracle 18; more in tests/reliability)."""
 
+import functools
 import logging
+import threading
 
 import pytest
 
@@ -232,6 +234,46 @@ def test_a_replica_that_differs_says_so_or_heals(heal):
     else:
         with pytest.raises(ReplicaMismatchError, match="after step 1"):
             two.prepare()
+
+
+def test_of_two_records_proposed_at_once_the_first_holds():
+    """Both members have built a record of step 3, different ones, before either writes it."""
+    run = Alone(min_workers=1, step_timeout=0.2)
+    one = run.worker()
+    one.join()
+    two = run.worker()
+    two._store.put("j/1", b"1")
+    step(one)
+    two.join()
+    both_built, built = threading.Barrier(2), []
+
+    def build(inner, number):
+        record = inner(number)
+        if number == 3:
+            built.append(record)
+            run.store.drop("c/3/1")  # whoever builds later sees less
+            both_built.wait(20)
+        return record
+
+    threads = []
+    for worker in (one, two):
+        worker._build = functools.partial(build, worker._build)
+        threads.append(threading.Thread(target=finish_run, args=(worker,), daemon=True))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40)
+    assert len(built) == 2
+    assert built[0] != built[1]
+    assert one.session.journal.to_bytes() == two.session.journal.to_bytes()
+    assert len(one.session.journal) == 6
+    assert one.session.engine.digest64() == two.session.engine.digest64()
+    assert list(one.session.journal)[3].codes in [shared.record.codes for shared in built]
+
+
+def finish_run(worker):
+    while worker.prepare():
+        step(worker)
 
 
 def test_a_store_starts_again_from_a_journal(tmp_path):

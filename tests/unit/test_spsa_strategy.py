@@ -351,6 +351,20 @@ def test_refusals(tmp_path):
     refused("parameter net.0.weight holds 1.2e", tmp_path, large)
 
 
+def test_what_is_said_without_refusing(tmp_path, caplog):
+    class Clips(Toy):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            pass
+
+    with pytest.warns(UserWarning, match="configure_gradient_clipping finds no gradients under SPSA"):
+        fit(tmp_path / "a", model=Clips(steps=1))
+    with pytest.warns(UserWarning, match=r"lr 0\.5 is large .* the typical range is 1e-7\.\.1e-4"):
+        fit(tmp_path / "b", model=Toy(steps=1), lr=0.5)
+    with caplog.at_level("INFO"):
+        fit(tmp_path / "c", model=Toy(steps=1), eps=1e-3)
+    assert "`eps` 0.001 is rounded to the power of two 0.000976562 (2**-10)" in caplog.text
+
+
 def test_equal_groups_and_other_optimizers_are_accepted(tmp_path):
     want = digests(fit(tmp_path / "a"))
     grouped = with_optimizer(lambda m: torch.optim.Adam([{"params": [p]} for p in m.parameters()], lr=2.0**-6))
