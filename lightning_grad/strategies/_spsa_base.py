@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_grad.spsa.options import Options
 from lightning_grad.spsa.replayer import replay
 from lightning_grad.spsa.session import Session, journal_of
-from lightning_grad.strategies._spsa_common import config_errors
+from lightning_grad.strategies._spsa_common import StepLog, check_trainer, config_errors, report_eps
 
 STATE, EXTRA = "spsa", "spsa_extra"
 
 
 class SPSABase(Strategy):
-    """Put before a Lightning strategy in the list of bases; its constructor sets the two options."""
+    """Put before a Lightning strategy in the list of bases."""
 
     _session: Session | None = None
-    _options: Options
-    _weights_in_checkpoint: bool
+
+    def _keep(self, options: Options, journal_path: str | None, weights_in_checkpoint: bool) -> None:
+        """What the constructors share. Their signatures are written out: YAML and the docs are made from them."""
+        self._options = options
+        self._journal_path = None if journal_path is None else Path(journal_path)
+        self._weights_in_checkpoint = weights_in_checkpoint
+        self._log = StepLog()
 
     @property
     def session(self) -> Session:
@@ -31,6 +38,18 @@ class SPSABase(Strategy):
         if self._session is None:
             raise RuntimeError(f"{type(self).__name__}.session exists only while fitting.")
         return self._session
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Refuse what cannot work before anything is built."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_trainer(trainer, self._net())
+            report_eps(self._options)
+        super().setup(trainer)
+
+    def _open_journal(self) -> None:
+        if self._journal_path is not None:
+            self._journal_path.parent.mkdir(parents=True, exist_ok=True)
+            self.session.journal.open_append(self._journal_path)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """There is nothing to propagate."""

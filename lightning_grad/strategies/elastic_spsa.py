@@ -138,18 +138,16 @@ class ElasticSPSAStrategy(SPSABase, SingleDeviceStrategy):
         split_address(store)
         self._schedule = Schedule(lr, total_steps, lr_schedule, warmup_steps)
         self._patience = ElasticOptions(min_workers, join_timeout, step_timeout, max_missed, stop_policy, heal)
-        self._options = Options(
+        options = Options(
             eps, directions, sides, seed, codec, reduction, normalize, rho, clip, momentum, momentum_horizon, trainable,
             forward_mode, restore, check_interval, max_bad_steps, kernel,
         )  # fmt: skip
         self._devices: list[torch.device] | None = None
         super().__init__(device, accelerator, checkpoint_io, precision_plugin)
+        self._keep(options, journal_path, weights_in_checkpoint)
         self._run_id, self._address, self._auth_key_env = run_id, store, auth_key_env
         self._reseed = reseed_workers
-        self._journal_path = journal_path
-        self._weights_in_checkpoint = weights_in_checkpoint
         self._worker: ElasticWorker | None = None
-        self._log = common.StepLog()
         self._stop_vote = False
 
     @property
@@ -194,15 +192,11 @@ class ElasticSPSAStrategy(SPSABase, SingleDeviceStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         """Check the configuration, build the engine, take an id."""
         fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting:
-            common.check_trainer(trainer, self._net())
-            common.report_eps(self._options)
-            if trainer.ckpt_path is not None:
-                raise SPSAConfigError(
-                    "ElasticSPSAStrategy does not resume from `ckpt_path`: start the worker with the base weights,"
-                    " and it"
-                    " catches up from the run's journal in the store."
-                )
+        if fitting and trainer.ckpt_path is not None:
+            raise SPSAConfigError(
+                "ElasticSPSAStrategy does not resume from `ckpt_path`: start the worker with the base weights, and it"
+                " catches up from the run's journal in the store."
+            )
         super().setup(trainer)
         if not fitting:
             return
@@ -228,10 +222,7 @@ class ElasticSPSAStrategy(SPSABase, SingleDeviceStrategy):
         """Become a member: only now, because members of a run are waited for."""
         with config_errors():
             self.worker.join()
-        if self._journal_path is not None:
-            path = Path(self._journal_path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.session.journal.open_append(path)
+        self._open_journal()
         rank_zero_info(f"SPSA: worker {self.worker.worker} of run {self._run_id}, at step {self.worker.step}.")
         if self.worker.stopped:
             self._end()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -118,7 +117,7 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
     ) -> None:
         if lr is not None:
             check_range("lr", lr, 0.0, 1e10, "(]")
-        self._options = Options(
+        options = Options(
             eps, directions, sides, seed, codec, reduction, normalize, rho, clip, momentum, momentum_horizon, trainable,
             forward_mode, restore, check_interval, max_bad_steps, kernel,
         )  # fmt: skip
@@ -132,14 +131,12 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        self._keep(options, journal_path, weights_in_checkpoint)
         self._lr = lr
         self._link_timeout = timeout
-        self._journal_path = journal_path
         self._resume_journal = resume_journal
-        self._weights_in_checkpoint = weights_in_checkpoint
         self._exchange: Exchange | None = None
         self._resumed = False
-        self._log = common.StepLog()
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -164,12 +161,8 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Check the configuration, make all ranks start from rank 0's weights, build the engine."""
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting:
-            common.check_trainer(trainer, self._net())
-            common.report_eps(self._options)
         super().setup(trainer)
-        if not fitting:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
         module = self._net()
         self._exchange = Exchange(self._link_timeout)
@@ -197,8 +190,8 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
                 )
 
     def _follow_file(self) -> None:
-        path = Path(self._journal_path or "")
-        data = path.read_bytes() if self.is_global_zero and path.is_file() else b""
+        path = self._journal_path
+        data = path.read_bytes() if self.is_global_zero and path is not None and path.is_file() else b""
         data = self._link().all_gather_any(data)[0]
         if data:
             with config_errors():
@@ -210,14 +203,13 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
         """Open the journal file."""
         session = self.session
         session.pending = []
-        if self._journal_path and self.is_global_zero:
-            path = Path(self._journal_path)
-            if path.exists() and path.stat().st_size and not self._resumed:
+        if self.is_global_zero:
+            path = self._journal_path
+            if path is not None and path.exists() and path.stat().st_size and not self._resumed:
                 raise SPSAConfigError(
                     f"`journal_path` {path} exists. Set `resume_journal` to continue it, or choose another file."
                 )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            session.journal.open_append(path)
+            self._open_journal()
 
     # -- one step -------------------------------------------------------------------------------------------------
 
