@@ -39,6 +39,8 @@ class Tool(NamedTuple):
 
 
 TOOLS: dict[str, Tool] = {
+    "advise": Tool("lightning_grad.scaling.commands:advise", "learning rate and batch size for a model size"),
+    "scaling": Tool("lightning_grad.scaling.commands:scaling", "fits scaling laws to a table of runs"),
     "spsa": Tool("lightning_grad.spsa.commands:main", "journals and stores of shared-seed SPSA runs"),
 }
 """Tools by the name they have on the command line."""

@@ -28,6 +28,7 @@ LAYERS = {
     "allocation": 1,
     "data": 1,
     "nvfp4": 1,
+    "scaling": 1,
     "spsa": 1,
     # Lightning adapters
     "_lightning": 2,

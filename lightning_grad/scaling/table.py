@@ -1,0 +1,79 @@
+"""A table of runs read from a CSV file, with the columns that scaling laws need."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "params": ("params", "n", "parameters", "num_params"),
+    "tokens": ("tokens", "d", "num_tokens"),
+    "loss": ("loss", "l", "val_loss", "val/loss"),
+    "compute": ("compute", "c", "flops"),
+    "ratio": ("ratio", "m", "tokens_per_param"),
+    "error": ("error", "err"),
+    "x": ("x",),
+    "y": ("y",),
+}
+"""Names of columns, in any case, by what they mean."""
+
+
+def read_runs(path: Path) -> dict[str, list[float]]:
+    """Return the known columns of a CSV file with a header; ``compute`` and ``ratio`` are worked out if they can be.
+
+    Raises:
+        ValueError: Names the column and the line of the file.
+        OSError: The file cannot be read.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        names = {i: name for i, title in enumerate(header) if (name := _meaning(title)) is not None}
+        twice = [name for name in names.values() if list(names.values()).count(name) > 1]
+        if twice:
+            raise ValueError(f"{path}: two columns mean {twice[0]}.")
+        columns: dict[str, list[float]] = {name: [] for name in names.values()}
+        for row in reader:
+            if not any(cell.strip() for cell in row):
+                continue
+            for i, name in names.items():
+                columns[name].append(
+                    _number(row[i] if i < len(row) else "", f"{path}, line {reader.line_num}", header[i])
+                )
+    if not columns:
+        raise ValueError(f"{path}: no column has a known name ({', '.join(ALIASES)}) in its first line.")
+    if {"params", "tokens"} <= columns.keys():
+        pairs = list(zip(columns["params"], columns["tokens"], strict=True))
+        columns.setdefault("compute", [6.0 * n * d for n, d in pairs])
+        columns.setdefault("ratio", [d / n if n else math.inf for n, d in pairs])
+    return columns
+
+
+def _meaning(title: str) -> str | None:
+    return next((name for name, titles in ALIASES.items() if title.strip().lower() in titles), None)
+
+
+def _number(text: str, place: str, column: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{place}: column {column} must be a positive number, got {text.strip()!r}.")
+    return value
+
+
+def needed(columns: dict[str, list[float]], names: tuple[str, ...], law: str) -> list[list[float]]:
+    """Return the columns of a law.
+
+    Raises:
+        ValueError: One is missing.
+    """
+    missing = [name for name in names if name not in columns]
+    if missing:
+        others = ", ".join(columns)
+        raise ValueError(
+            f"The law {law!r} needs the column {missing[0]}; the file has {others}. Names: docs of `scaling`."
+        )
+    return [columns[name] for name in names]
