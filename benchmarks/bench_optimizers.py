@@ -2,7 +2,7 @@
 
 ``python benchmarks/bench_optimizers.py [--case large|small|all] [--rounds 20] [--no-compile] [--device cpu]``
 
-- large: 50 tensors of 200,000, as (250, 800)
+- large: 50 tensors of 200,000, as (400, 500)
 - small: 1000 tensors, 0.27 M parameters: vectors, small matrices and small convolutions
 
 One thread. The gradients are random, so AdamP and SGDP find nearly all weights not scale invariant; the variants marked
@@ -30,7 +30,7 @@ from _harness import Bench, copy_bandwidth  # noqa: E402
 from lightning_grad.optim import SGDP, AdamP, DiffGrad  # noqa: E402
 
 SHAPES = {
-    "large": [(250, 800)] * 50,
+    "large": [(400, 500)] * 50,
     "small": [(16,), (16, 16), (32, 16), (8, 4, 3, 3)] * 250,
 }
 # float32 words per parameter that must move in a step

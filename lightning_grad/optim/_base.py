@@ -83,7 +83,7 @@ class RuleOptimizer(Optimizer):
     state_spec: ClassVar[Mapping[str, float | None]] = {}  # None: starts as the parameter's value
     small: ClassVar[int] = 32768  # parameters with fewer elements share a bucket
     capacity: ClassVar[int] = 131072  # elements of a bucket
-    block: ClassVar[Mapping[str, int]] = {"cpu": 131072, "cuda": 1 << 24}  # elements per call of the eager rule
+    block: ClassVar[Mapping[str, int]] = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements per call of the eager rule
     listed_devices: ClassVar[tuple[str, ...]] = ("cuda",)  # where `foreach=None` means lists for large parameters
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **switches: Unpack[Switches]) -> None:
@@ -356,7 +356,7 @@ class RuleOptimizer(Optimizer):
         pairs = []
         for unit in units:
             step = unit.advance(group["capturable"])
-            key = (id(unit) if group["capturable"] else step, unit.decay, unit.compute_dtype)
+            key = (id(unit) if group["capturable"] else step, unit.decay, unit.compute_dtype, unit.device)
             if key not in found:
                 found[key] = self._hyper(group, unit, step)
             pairs.append((unit, found[key]))

@@ -44,7 +44,15 @@ def store(unit: Unit) -> None:
         torch._foreach_copy_(unit.params, unit.views)
 
 
-def run_in_place(rule: Rule, group: Group, unit: Unit, h: Hyper, size: int, pool: Pool, p: Tensor, g: Tensor) -> None:
+def blocks(tensor: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Pieces of at most ``size`` along the first dimension."""
+    return (tensor,) if tensor.shape[0] <= size else tensor.split(size)
+
+
+def run_in_place(
+    rule: Rule, group: Group, unit: Unit, h: Hyper, size: int, pool: Pool, p: Tensor, g: Tensor,
+    extra: dict[str, Tensor] | None = None,
+) -> None:  # fmt: skip
     """Run the rule block by block on the tensors themselves, or on copies in the dtype of computation.
 
     Args:
@@ -56,10 +64,11 @@ def run_in_place(rule: Rule, group: Group, unit: Unit, h: Hyper, size: int, pool
         pool: Temporaries, used again for each block.
         p: Values, from :func:`load`.
         g: Gradients, from :func:`load`.
+        extra: More states, which the rule only reads.
     """
-    inputs, dtype = unit.inputs(), unit.compute_dtype
+    inputs, dtype = {**unit.inputs(), **(extra or {})}, unit.compute_dtype
     names = list(inputs)
-    for pb, gb, *states in zip(p.split(size), g.split(size), *(t.split(size) for t in inputs.values()), strict=True):
+    for pb, gb, *states in zip(*(blocks(t, size) for t in (p, g, *inputs.values())), strict=True):
         pool.reset()
         gradient = signed(gb.to(dtype), group, pool)
         state = {name: Buffer(t.to(dtype), pool=pool) for name, t in zip(names, states, strict=True)}
@@ -145,27 +154,22 @@ def run_compiled(
         extra: More states of the rule, of a shape of their own.
         stage: Tells the rules of a class that has several from each other.
     """
-    inputs, extra, dtype = {name: t.view(p.shape) for name, t in unit.inputs().items()}, extra or {}, unit.compute_dtype
-    names = [*inputs, *extra]
-    flags = tuple((k, v) for k, v in h.items() if isinstance(v, bool))
-    scalars = tuple(k for k, v in h.items() if not isinstance(v, bool))
+    inputs = {**unit.inputs(), **(extra or {})}
+    names, tensors, dtype = tuple(inputs), list(inputs.values()), unit.compute_dtype
+    if p.shape != unit.shape:
+        tensors = [t.view(p.shape) if t.shape == unit.shape else t for t in tensors]
+    if "packed" not in h:
+        h["packed"] = _pack(h, dtype, p.device)
+    flags, scalars, packed = h["packed"]
     maximize, rounding = group["maximize"], group["stochastic_rounding"]
-    key = (
-        owner, stage, dtype, p.device.type, tuple(names), flags, scalars, maximize, rounding, p.ndim,
-        len(unit.rows),
-    )  # fmt: skip
+    key = (owner, stage, dtype, p.device.type, names, flags, scalars, maximize, rounding, p.ndim, len(unit.rows))
     if key not in _compiled:
         _compiled[key] = _compile(rule, names, dtype, dict(flags), scalars, maximize, rounding)
     update = _compiled[key]
     if update is None:
         return False
-    values = [h[k] for k in scalars]
-    if any(isinstance(v, Tensor) for v in values):
-        packed = torch.stack([torch.as_tensor(v, dtype=dtype, device=p.device) for v in values])
-    else:
-        packed = torch.tensor(values, dtype=dtype).to(p.device, non_blocking=True)
     try:
-        update(p, g, [*inputs.values(), *extra.values()], packed, unit.rows)
+        update(p, g, tensors, packed, unit.rows)
     except Exception as error:
         _compiled[key] = None
         reason = (str(error).splitlines() or [""])[0]
@@ -177,8 +181,18 @@ def run_compiled(
     return True
 
 
+def _pack(h: Hyper, dtype: torch.dtype, device: torch.device) -> tuple[Any, tuple[str, ...], Tensor]:
+    """The flags, the names of the scalars, and the scalars as one tensor: once for all units that share ``h``."""
+    flags = tuple((k, v) for k, v in h.items() if isinstance(v, bool))
+    scalars = tuple(k for k, v in h.items() if not isinstance(v, bool))
+    values = [h[k] for k in scalars]
+    if any(isinstance(v, Tensor) for v in values):
+        return flags, scalars, torch.stack([torch.as_tensor(v, dtype=dtype, device=device) for v in values])
+    return flags, scalars, torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
 def _compile(
-    rule: Rule, names: list[str], dtype: torch.dtype, flags: Hyper, scalars: tuple[str, ...], maximize: bool,
+    rule: Rule, names: tuple[str, ...], dtype: torch.dtype, flags: Hyper, scalars: tuple[str, ...], maximize: bool,
     rounding: bool,
 ) -> Callable[..., None]:  # fmt: skip
     def update(p: Tensor, g: Tensor, tensors: list[Tensor], packed: Tensor, rows: tuple[Tensor, ...]) -> None:

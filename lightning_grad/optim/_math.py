@@ -188,7 +188,21 @@ def ema(average: Any, x: Any, beta: Scalar) -> Any:
     if isinstance(average, Buffer):
         average.tensor.lerp_(x.tensor, 1.0 - beta)
         return average
+    if isinstance(beta, Tensor):  # the compiler makes slow code of a lerp whose weight it does not know
+        return average + (x - average) * (1.0 - beta)
     return average.lerp(x, 1.0 - beta)
+
+
+def spent(state: Any) -> Any:
+    """A state that the rule replaces, as a temporary: its memory may be overwritten."""
+    return Buffer(state.tensor, state.pool, own=True) if isinstance(state, Buffer) else state
+
+
+def damped(m: Any, x: Any, denominator: Any) -> tuple[Any, Any]:
+    """Numerator and denominator of ``sigmoid(x) * m / denominator``, for ``x >= 0``."""
+    if isinstance(m, Tensor):  # compiled, one division and one exponential are cheaper than a sigmoid
+        return m, denominator * ((-x).exp() + 1.0)
+    return x.sigmoid() * m, denominator
 
 
 def ema_of_square(average: Any, x: Any, beta: Scalar) -> Any:

@@ -15,11 +15,8 @@ from typing_extensions import override
 
 from lightning_grad.optim._base import RuleOptimizer
 from lightning_grad.optim._buckets import Unit
-from lightning_grad.optim._executors import Group, Hyper, Rule, State, run_compiled, run_in_place, signed, write
+from lightning_grad.optim._executors import Group, Hyper, Rule, State, blocks, run_compiled, run_in_place, signed, write
 from lightning_grad.optim._math import Buffer, Pool, axpy
-
-# Parameters up to this size keep the direction of all rows between the two passes; larger ones compute it again.
-_HOLD = 1 << 18
 
 
 class RowSums(NamedTuple):
@@ -112,15 +109,59 @@ class ProjectedOptimizer(RuleOptimizer):
 
     @override
     def _run_eager(self, group: Group, unit: Unit, h: Hyper, pool: Pool, p: Tensor, g: Tensor) -> None:
-        """Two passes over blocks of rows: state, direction and row sums; then the parameters."""
-        dtype, names = unit.compute_dtype, list(unit.state)
-        if not h["projects"] or len(unit.shape) == 1:
-            run_in_place(self._plain, group, unit, h, self._block(p), pool, p, g)
+        plain = not h["projects"] or len(unit.shape) == 1
+        if plain or not (p.device.type == "cpu" and len(unit.members) == 1 and not group["capturable"]):
+            run = self._run_plain if plain else self._run_many
+            run(group, unit, h, pool, p, g)
             return
-        size = p.shape[0] if p.numel() <= _HOLD else self._block(p)
-        blocks = list(zip(p.split(size), g.split(size), *(unit.state[n].split(size) for n in names), strict=True))
+        # where a number is read at no cost, the test comes first, and most weights need nothing more
+        channel, layer, norms = self._test(unit, h, pool, p, g)
+        if channel:
+            h = {**h, "decay": h["decay"] * h["wd_ratio"]}
+            run_in_place(self._along_rows, group, unit, h, self._block(p), pool, p, g, {"norm": norms})
+        else:
+            run = self._run_many if layer else self._run_plain
+            run(group, unit, h, pool, p, g)
+
+    def _run_plain(self, group: Group, unit: Unit, h: Hyper, pool: Pool, p: Tensor, g: Tensor) -> None:
+        run_in_place(self._plain, group, unit, h, self._block(p), pool, p, g)
+
+    def _test(self, unit: Unit, h: Hyper, pool: Pool, p: Tensor, g: Tensor) -> tuple[bool, bool, Tensor]:
+        """Whether a weight counts as scale invariant by its rows or as a whole, and the norms of its rows."""
+        dtype, size = unit.compute_dtype, self._block(p)
+        columns = []
+        for pb, gb in zip(blocks(p, size), blocks(g, size), strict=True):
+            pool.reset()
+            value, gradient = pb.to(dtype), gb.to(dtype)
+            norms = (torch.linalg.vector_norm(t, dim=1) for t in (gradient, value))
+            columns.append((_row_dots(value, gradient, pool), *norms))
+        pg, norm_g, norm_p = (torch.cat(c) for c in zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
+        low, delta = max(h["eps_row"], torch.finfo(dtype).tiny), h["delta"]
+        cosine = pg.abs().div_(norm_g.clamp_min(low)).div_(norm_p.clamp_min(low))
+        if float(cosine.max()) < delta * p.shape[1] ** -0.5:
+            return True, False, norm_p
+        whole = [max(float(torch.linalg.vector_norm(norm)), low) for norm in (norm_g, norm_p)]
+        return False, abs(float(pg.sum())) / whole[0] / whole[1] < delta * p.numel() ** -0.5, norm_p
+
+    @classmethod
+    def _along_rows(cls, p: Buffer, g: Buffer, s: State, h: Hyper) -> tuple[Any, State]:
+        """A block of rows of a weight that is scale invariant by its rows."""
+        norm, state = s["norm"].tensor, {name: value for name, value in s.items() if name != "norm"}
+        new_s = cls.advance(g, state, h)
+        u = cls.direction(g, {**state, **new_s}, h)
+        square = (norm + h["eps_row"]).square_().clamp_min_(torch.finfo(norm.dtype).tiny)
+        keep = _row_dots(p.tensor, u.tensor, p.pool).div_(square).mul_(h["step_size"]).add_(1.0 - h["decay"])
+        return axpy(p * keep[:, None], u, -h["step_size"]), new_s
+
+    def _run_many(self, group: Group, unit: Unit, h: Hyper, pool: Pool, p: Tensor, g: Tensor) -> None:
+        """Weights that share a unit, or one on a device, in two passes over blocks of rows, with no test on the host.
+
+        First state, direction and row sums; then the parameters.
+        """
+        dtype, names, size = unit.compute_dtype, list(unit.state), self._block(p)
+        pieces = list(zip(*(blocks(t, size) for t in (p, g, *unit.state.values())), strict=True))
         sums = []
-        for pb, gb, *states in blocks:
+        for pb, gb, *states in pieces:
             pool.reset()
             value, gradient = pb.to(dtype), signed(gb.to(dtype), group, pool)
             state: State = {name: Buffer(t.to(dtype), pool) for name, t in zip(names, states, strict=True)}
@@ -132,8 +173,8 @@ class ProjectedOptimizer(RuleOptimizer):
             sums.append(RowSums(*(_row_dots(a, b, pool) for a, b in products)))
         whole = RowSums(*(torch.cat(column) for column in zip(*sums, strict=True))) if len(sums) > 1 else sums[0]
         factor = row_factor(whole, p.shape[1], {**h, "rows": unit.rows})[:, None]
-        for (pb, gb, *states), rows in zip(blocks, factor.split(size), strict=True):
-            if len(blocks) > 1:  # again, rather than a temporary of the parameter's size
+        for (pb, gb, *states), rows in zip(pieces, factor.split(size), strict=True):
+            if len(pieces) > 1:  # again, rather than a temporary of the parameter's size
                 pool.reset()
                 state = {name: Buffer(t.to(dtype), pool) for name, t in zip(names, states, strict=True)}
                 u = self.direction(signed(gb.to(dtype), group, pool), state, h)

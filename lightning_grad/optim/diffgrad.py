@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_grad.optim._base import RuleOptimizer, Switches
 from lightning_grad.optim._executors import Group, Hyper, State
-from lightning_grad.optim._math import addcdiv, axpy, ema, ema_of_square
+from lightning_grad.optim._math import addcdiv, axpy, damped, ema, ema_of_square, spent
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -91,6 +91,6 @@ class DiffGrad(RuleOptimizer):
         denominator = v.sqrt() + h["eps"]
         if h["guard"]:  # 0 / 0 counts as 0
             denominator = denominator.clamp_min(_TINY)
-        friction = (s["previous_grad"] - g).abs().sigmoid()
-        p = addcdiv(p, friction * m, denominator, -h["step_size"])
+        change = (spent(s["previous_grad"]) - g).abs()
+        p = addcdiv(p, *damped(m, change, denominator), -h["step_size"])
         return p, {"exp_avg": m, "exp_avg_sq": v, "previous_grad": g}
