@@ -1,16 +1,18 @@
 """What measuring the gradient noise adds to a training step.
 
-``python benchmarks/bench_adaptive_batch.py [--rounds 12] [--samples 8] [--length 64]``
+``python benchmarks/bench_adaptive_batch.py [--rounds 12] [--samples 8] [--length 64] [--only step|trainer]``
 
 The step of a 10.8 M-parameter byte transformer (forward, backward, fused AdamW), with and without the statistics of a
-test. "test step" is a step that measures; "default" divides its cost by the default interval (1 for micro-batches, 8
-for ghost norms, 50 for vmap). The last two variants are the same step in a Trainer, without the callback and with it.
+test. "test step" is one that measures; its cost is also given per step at the default interval (2 for micro-batches, 8
+for ghost norms, 50 for vmap). The last two variants are the same step in a Trainer, without the callback and with it at
+its defaults: the median of the ratios of the times of whole intervals.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import sys
 import threading
 import warnings
@@ -28,6 +30,7 @@ from _harness import Bench, interleave  # noqa: E402
 
 from lightning_grad.allocation.batch_size import BatchSizeController, NormTest  # noqa: E402
 from lightning_grad.callbacks import AdaptiveBatchSize  # noqa: E402
+from lightning_grad.callbacks._batch_probe import AUTO_INTERVAL  # noqa: E402
 from lightning_grad.callbacks._step_loss import step_loss  # noqa: E402
 from lightning_grad.demos import TinyGPT  # noqa: E402
 from lightning_grad.statistics.collector import NoiseCollector  # noqa: E402
@@ -121,35 +124,48 @@ def reference(batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
     return step
 
 
-def variants(batch: tuple[Tensor, Tensor]) -> Iterator[tuple[str, str, dict[str, Callable[[], None]]]]:
-    layers = [n for n, _ in make_model().named_parameters() if n != "position.weight"]
-    yield (
-        "k=2",
-        "plain",
-        {
-            "plain": step_function(batch, 2, None),
-            "micro_batch test step": step_function(batch, 2, "micro_batch"),
-        },
-    )
+def step_variants(batch: tuple[Tensor, Tensor]) -> Iterator[tuple[str, dict[str, Callable[[], None]]]]:
+    yield "k=2", {"plain": step_function(batch, 2, None), "micro_batch": step_function(batch, 2, "micro_batch")}
     yield (
         "k=1",
-        "plain",
         {
             "plain": step_function(batch, 1, None),
-            "ghost test step": step_function(batch, 1, "ghost", layers),
-            "vmap test step": step_function(batch, 1, "vmap"),
+            "ghost": step_function(batch, 1, "ghost", layers()),
+            "vmap": step_function(batch, 1, "vmap"),
             "reference (copy + vmap)": reference(batch),
         },
     )
-    for k in (2, 1):
-        scope = "all" if k > 1 else layers
-        yield (
-            f"Trainer, k={k}",
-            "no callback",
-            {
-                "no callback": Steps(batch, k, []),
-                "AdaptiveBatchSize": Steps(batch, k, [AdaptiveBatchSize(4096, scope=scope, monitor_only=True)]),
-            },
+
+
+def layers() -> list[str]:
+    """What ghost norms can measure: the position table is looked up once for the whole batch."""
+    return [n for n, _ in make_model().named_parameters() if n != "position.weight"]
+
+
+def compare_steps(batch: tuple[Tensor, Tensor], shape: str, rounds: int) -> None:
+    for name, functions in step_variants(batch):
+        bench = Bench("adaptive_batch", f"{shape}, {name}, test step", "plain")
+        ratios = bench.run(functions, rounds=rounds, warmup=2)
+        bench.report()
+        for variant in functions.keys() & AUTO_INTERVAL.keys():
+            each, interval = (ratios[variant] - 1) / AUTO_INTERVAL[variant], AUTO_INTERVAL[variant]
+            print(f"{variant}: {each:+.1%} of a step at the default interval of {interval}")
+
+
+def compare_trainers(batch: tuple[Tensor, Tensor], shape: str, rounds: int) -> None:
+    for k, interval in ((2, AUTO_INTERVAL["micro_batch"]), (1, AUTO_INTERVAL["ghost"])):
+        callback = AdaptiveBatchSize(4096, scope="all" if k > 1 else layers(), monitor_only=True)
+        functions = {"no callback": Steps(batch, k, []), "AdaptiveBatchSize": Steps(batch, k, [callback])}
+        times = interleave(functions, rounds=rounds // interval * interval, warmup=2)
+        sums = {
+            name: [sum(each[i : i + interval]) for i in range(0, len(each), interval)] for name, each in times.items()
+        }
+        pairs = zip(sums["AdaptiveBatchSize"], sums["no callback"], strict=True)
+        ratios = sorted(mine / theirs for mine, theirs in pairs)
+        print(
+            f"{shape}, Trainer, k={k}: median ratio {statistics.median(ratios):.3f} with the callback"
+            f" ({ratios[0]:.3f} to {ratios[-1]:.3f}, {len(ratios)} intervals of {interval} steps)",
+            flush=True,
         )
 
 
@@ -158,26 +174,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--only", choices=("step", "trainer"))
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     gen = torch.Generator().manual_seed(0)
-    shape = (args.samples, args.length)
-    batch = (torch.randint(0, 256, shape, generator=gen), torch.randint(0, 256, shape, generator=gen))
-    for name, baseline, functions in variants(batch):
-        bench = Bench("adaptive_batch", f"10.8M transformer, {args.samples}x{args.length}, {name}", baseline)
-        if baseline == "no callback":
-            # most steps of a ghost run measure nothing: compare sums over whole intervals
-            times = interleave(functions, rounds=-(-args.rounds // 8) * 8, warmup=2)
-            more = sum(times["AdaptiveBatchSize"]) / sum(times["no callback"]) - 1
-            print(f"{name}: {more:+.1%} with the callback, over {len(times['no callback'])} steps")
-            continue
-        ratios = bench.run(functions, rounds=args.rounds, warmup=2)
-        bench.report()
-        for variant, interval in (("ghost test step", 8), ("vmap test step", 50)):
-            if variant in ratios:
-                each = (ratios[variant] - 1) / interval
-                print(f"{variant}: {each:+.1%} of a step at the default interval of {interval}")
+    size = (args.samples, args.length)
+    batch = (torch.randint(0, 256, size, generator=gen), torch.randint(0, 256, size, generator=gen))
+    shape = f"10.8M transformer, {args.samples}x{args.length}"
+    if args.only != "trainer":
+        compare_steps(batch, shape, args.rounds)
+    if args.only != "step":
+        compare_trainers(batch, shape, 4 * args.rounds)
 
 
 if __name__ == "__main__":

@@ -182,6 +182,22 @@ class CABS(Criterion):
         return _ratio(lr * stats.trace_cov, loss - self.loss_floor)
 
 
+CriterionName = Literal["norm", "inner_product", "augmented_inner_product", "coordinate_norm", "noise_scale", "cabs"]
+
+
+def criterion_named(name: CriterionName) -> Criterion:
+    """The criterion of that name with its default arguments."""
+    criteria: dict[str, type[Criterion]] = {
+        "norm": NormTest,
+        "inner_product": InnerProductTest,
+        "augmented_inner_product": AugmentedInnerProductTest,
+        "coordinate_norm": CoordinateNormTest,
+        "noise_scale": NoiseScale,
+        "cabs": CABS,
+    }
+    return criteria[check_choice("criterion", name, tuple(criteria))]()
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """One optimizer step: ``accumulate`` micro-batches of ``micro`` samples on each of ``world`` ranks."""

@@ -1,4 +1,4 @@
-"""What AdaptiveBatchSize refuses and why, and the values it logs: plain functions, so that the callback stays short."""
+"""What AdaptiveBatchSize refuses, and why."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lightning_grad.allocation.batch_size import BatchPlan, Decision
 from lightning_grad.callbacks._batch_drivers import PlanSettings
 
 MAX_COPIES = 4
@@ -83,36 +82,3 @@ def refuse_copies(
             " of the gradient. Three ways out: estimator='vmap' (forward mode, no copies); `scope` with the names of"
             " some parameters; `max_micro_batch_size` >= max_batch_size / (4 * processes)."
         )
-
-
-def scalars(
-    plan: BatchPlan,
-    decision: Decision | None,
-    samples_seen: int,
-    skipped_tests: int,
-    seconds: float,
-    scope: str | list[str],
-) -> dict[str, float]:
-    """Tags and values of one step; those of a test only where there was one and they are finite."""
-    values = {
-        "batching/micro_batch_size": float(plan.micro),
-        "batching/accumulate": float(plan.accumulate),
-        "batching/samples_seen": float(samples_seen),
-        "batching/skipped_tests": float(skipped_tests),
-    }
-    if decision is not None:
-        stats = decision.stats
-        scale = "batching/noise_scale_proxy" if scope == "norm_layers" else "batching/noise_scale"
-        found: dict[str, float | None] = {
-            "batching/target": decision.target,
-            "batching/test_ratio": decision.test_ratio,
-            scale: stats.noise_scale,
-            "batching/grad_sq_norm": stats.grad_sq_norm,
-            "batching/grad_sq_norm_unbiased": stats.grad_sq_norm_unbiased,
-            "batching/trace_cov": stats.trace_cov,
-            "batching/inner_var": stats.inner_var,
-            "batching/orth_var": stats.orth_var,
-            "batching/test_time_ms": 1e3 * seconds,
-        }
-        values |= {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
-    return values

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from lightning_grad._lightning import set_epoch_length, wrap_train_dataloader
 from lightning_grad.allocation.batch_size import BatchPlan
-from lightning_grad.data.adaptive import AdaptiveDataLoader, MicroBatch, check_power_of_two
+from lightning_grad.data.adaptive import AdaptiveDataLoader
+from lightning_grad.data.batch_course import MicroBatch, check_power_of_two
 from lightning_grad.statistics.collector import samples_in
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from typing import Any, Literal
 
@@ -11,7 +10,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_grad._lightning import missing_for_variable_length, refuse_twin
@@ -20,10 +18,11 @@ from lightning_grad.allocation.batch_size import (
     BatchPlan,
     BatchSizeController,
     Criterion,
+    CriterionName,
     Decision,
-    NormTest,
+    criterion_named,
 )
-from lightning_grad.callbacks._batch_checks import MAX_COPIES, needs_two, refuse, refuse_copies, scalars
+from lightning_grad.callbacks._batch_checks import needs_two, refuse, refuse_copies
 from lightning_grad.callbacks._batch_drivers import (
     AccumulateDriver,
     PlanSettings,
@@ -31,15 +30,13 @@ from lightning_grad.callbacks._batch_drivers import (
     WatchDriver,
     rescale_gradients,
 )
-from lightning_grad.callbacks._step_loss import step_loss
-from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts, log_scalars
+from lightning_grad.callbacks._batch_log import BatchLog
+from lightning_grad.callbacks._batch_probe import GradientProbe, amp_scale
+from lightning_grad.callbacks._batch_schedules import resolve_schedules, sample_schedules, warn_of_step_schedules
+from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts
 from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
-from lightning_grad.data.adaptive import check_power_of_two
-from lightning_grad.optim.samples_lr import SamplesLR
-from lightning_grad.statistics.collector import Estimator, NoiseCollector, samples_in
-from lightning_grad.statistics.ghost import UnsupportedLayerError, is_norm_layer
+from lightning_grad.data.batch_course import check_power_of_two
 
-_AUTO_INTERVAL: dict[str, int] = {"micro_batch": 1, "ghost": 8, "vmap": 50}
 _PAPER: dict[str, Any] = {
     "test_interval": 1,
     "ema": 0.0,
@@ -60,19 +57,20 @@ class AdaptiveBatchSize(TensorBoardCharts):
 
     Args:
         max_batch_size: Largest B.
-        criterion: The test, or a :class:`Criterion` of your own.
+        criterion: The test: a name (for default arguments), :class:`NormTest` and its kin, or a :class:`Criterion` of
+            your own.
         estimator: ``"micro_batch"`` compares the micro-batches of a step (needs W k >= 2), ``"ghost"`` reads per-sample
             norms off Linear, ConvNd, Embedding and norm layers, ``"vmap"`` differentiates each sample. ``"auto"``:
             micro-batches where there are two, else ghost, else it splits the batch in two.
         scope: Parameters to measure: ``"all"``, ``"norm_layers"`` (weights of norm layers, a proxy), or name patterns.
         mode: ``"sampler"`` changes the loader's batch, then accumulation; ``"accumulate"`` only the latter (any
             loader); ``"monitor"`` measures only; ``"auto"`` is ``"sampler"`` where the loader allows it.
-        min_batch_size: Smallest B; default the first.
+        min_batch_size: Smallest B, at least 2 (one sample shows no noise); default the first.
         max_micro_batch_size: Largest m; default the first, so that only k grows.
         min_accumulate: Smallest k, a power of two.
         round_to: m is a multiple of this.
         quantize: ``"pow2"`` restricts m to ``round_to`` times powers of two (compiled models).
-        test_interval: Optimizer steps between tests; ``"auto"`` is 1 for micro-batches, 8 for ghost, 50 for vmap.
+        test_interval: Optimizer steps between tests; ``"auto"`` is 2 for micro-batches, 8 for ghost, 50 for vmap.
         warmup_steps: Optimizer steps before the first test.
         ema: Decay of the averages of variance and gradient norm, in [0, 1).
         denominator: ``"unbiased"`` or ``"biased"`` (the paper's) squared gradient norm.
@@ -101,7 +99,7 @@ class AdaptiveBatchSize(TensorBoardCharts):
     def __init__(
         self,
         max_batch_size: int,
-        criterion: Criterion | None = None,
+        criterion: Criterion | CriterionName = "norm",
         estimator: Literal["auto", "micro_batch", "ghost", "vmap"] = "auto",
         scope: Literal["all", "norm_layers"] | list[str] = "all",
         mode: Literal["auto", "accumulate", "sampler", "monitor"] = "auto",
@@ -145,12 +143,14 @@ class AdaptiveBatchSize(TensorBoardCharts):
         self.test_interval = settings.pop("test_interval")
         if self.test_interval != "auto":
             check_int("test_interval", self.test_interval, 1)
+        if min_batch_size is not None:
+            check_int("min_batch_size", min_batch_size, 2)
         for name, value in (("max_micro_batch_size", max_micro_batch_size), ("max_samples", max_samples)):
             if value is not None:
                 check_int(name, value, 1)
         self.warmup_steps = check_int("warmup_steps", warmup_steps, 0)
         self.seed = check_int("seed", seed, 0)
-        self.criterion = NormTest() if criterion is None else criterion
+        self.criterion = criterion_named(criterion) if isinstance(criterion, str) else criterion
         self.controller = BatchSizeController(
             self.criterion,
             max_batch_size,
@@ -165,19 +165,17 @@ class AdaptiveBatchSize(TensorBoardCharts):
         self.estimator, self.scope, self.mode = estimator, scope, "monitor" if monitor_only else mode
         self.lr_scaler, self.max_samples = lr_scaler, max_samples
         self.log_vs_samples, self.log = log_vs_samples, log
+        self.probe = GradientProbe(
+            estimator, scope, self.criterion.needs, self.test_interval, self.warmup_steps, log_vs_samples
+        )
+        self.probe.on_no_ghost = self._no_ghost
         self.samples_seen = self.tests = self.skipped_tests = 0
-        self._last_test: int | None = None
         self._steps = 0
-        self._logged_step = -1
-        self._loss_sum: Tensor | None = None
-        self._losses = 0
-        self._loss_value: float | None = None
+        self._log = BatchLog(scope, log_vs_samples)
         self._decision: Decision | None = None
         self._next_plan: BatchPlan | None = None
         self._stepped = False
-        self._use_ghost = True
         self._driver: WatchDriver | None = None
-        self._collector: NoiseCollector | None = None
         self._pending: dict[str, Any] | None = None
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -196,8 +194,7 @@ class AdaptiveBatchSize(TensorBoardCharts):
             "tests": self.tests,
             "skipped_tests": self.skipped_tests,
             "steps": self._steps,
-            "last_test": self._last_test,
-            "use_ghost": self._use_ghost,
+            **self.probe.state_dict(),
             "min_accumulate": self.plans.min_accumulate,
             "max_micro": self.plans.max_micro,
             "min_batch": self.controller.min_batch_size,
@@ -210,7 +207,7 @@ class AdaptiveBatchSize(TensorBoardCharts):
         self.controller.load_state_dict(state_dict["controller"])
         self.samples_seen, self.tests = state_dict["samples_seen"], state_dict["tests"]
         self.skipped_tests, self._steps = state_dict["skipped_tests"], state_dict["steps"]
-        self._last_test, self._use_ghost = state_dict["last_test"], state_dict["use_ghost"]
+        self.probe.load_state_dict(state_dict)
         self.plans.min_accumulate = state_dict["min_accumulate"]
         self.plans.max_micro = self.plans.max_micro or state_dict["max_micro"]
         if self.min_batch_size is None:
@@ -283,35 +280,20 @@ class AdaptiveBatchSize(TensorBoardCharts):
             )
         if self.plans.max_micro is None:
             self.plans.max_micro = plan.micro
+        if first == 1 and self.mode != "monitor":
+            rank_zero_info("AdaptiveBatchSize: one sample shows no noise. The run starts with batches of two.")
+            self._split()
         if self.min_batch_size is None and self.controller.min_batch_size == 1:
-            self.controller.min_batch_size = min(first, self.controller.max_batch_size)
+            self.controller.min_batch_size = min(max(2, first), self.controller.max_batch_size)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._collector = NoiseCollector(pl_module, self._names(pl_module), self.criterion.needs, step_loss(pl_module))
+        self.probe.attach(pl_module)
         if self.lr_scaler is not None:
             self.lr_scaler.attach(trainer)
         if self.mode != "monitor":
-            for config in trainer.lr_scheduler_configs:
-                if config.interval == "step" and not isinstance(config.scheduler, SamplesLR):
-                    rank_zero_warn(
-                        f"AdaptiveBatchSize: {type(config.scheduler).__name__} counts optimizer steps, and there will"
-                        " be fewer of them than it was told as the batch grows. Use SamplesLR, which counts samples."
-                    )
-
-    def _names(self, pl_module: pl.LightningModule) -> list[str]:
-        names = [n for n, p in pl_module.named_parameters() if p.requires_grad]
-        if self.scope == "all":
-            return names
-        if self.scope == "norm_layers":
-            norms = {f"{n}.weight" for n, m in pl_module.named_modules() if is_norm_layer(m)}
-            chosen = [n for n in names if n in norms]
-        else:
-            chosen = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in self.scope)]
-        if not chosen:
-            raise ValueError(f"`scope`={self.scope!r} matches no trainable parameter.")
-        return chosen
+            warn_of_step_schedules(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -325,24 +307,13 @@ class AdaptiveBatchSize(TensorBoardCharts):
             self._first_plan(driver.plan)
             if driver.accumulate < self.plans.min_accumulate:
                 driver.request(BatchPlan(driver.micro, self.plans.min_accumulate, driver.world))
-        population, epochs = driver.population, trainer.max_epochs
-        for schedule in self._schedules(trainer):
-            if population is not None and epochs is not None and epochs > 0:
-                schedule.resolve(population * epochs)
-            elif schedule.total_samples is None:
-                raise MisconfigurationException(
-                    "SamplesLR(total_samples='auto') needs `max_epochs` and a data set with a length; give a number."
-                )
+        resolve_schedules(trainer, driver.population)
         self._stepped = False
 
     @property
     def _active(self) -> WatchDriver:
         assert self._driver is not None, "setup() was not called"
         return self._driver
-
-    @staticmethod
-    def _schedules(trainer: pl.Trainer) -> list[SamplesLR]:
-        return [c.scheduler for c in trainer.lr_scheduler_configs if isinstance(c.scheduler, SamplesLR)]
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -353,54 +324,17 @@ class AdaptiveBatchSize(TensorBoardCharts):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        driver, collector = self._active, self._collector
-        assert collector is not None
-        first = driver.start_batch(trainer, batch, batch_idx)
-        if first:
-            if collector.collecting:
-                collector.cancel()
-            self._loss_sum, self._losses = None, 0
-            for schedule in self._schedules(trainer):
+        driver = self._active
+        if driver.start_batch(trainer, batch, batch_idx):
+            for schedule in sample_schedules(trainer):
                 schedule.set_progress(driver.expected_seen(self.samples_seen))
             if self.lr_scaler is not None:
                 self.lr_scaler.set_batch_size(driver.plan.batch_size)
-            self._begin_test(driver)
-        if collector.collecting:
-            collector.before_forward(batch, samples_in(batch))
-
-    def _begin_test(self, driver: WatchDriver) -> None:
-        estimator = self._choose(driver)
-        if estimator is None or self._steps < self.warmup_steps:
-            return
-        interval = _AUTO_INTERVAL[estimator] if self.test_interval == "auto" else self.test_interval
-        if self._last_test is not None and self._steps - self._last_test < interval:
-            return
-        assert self._collector is not None
-        try:
-            self._collector.begin(estimator)
-        except UnsupportedLayerError as error:
-            self._no_ghost(error)
-
-    def _choose(self, driver: WatchDriver) -> Estimator | None:
-        """The estimator of the step that begins; None if it has none."""
-        groups = driver.world * driver.accumulate
-        if self.estimator == "micro_batch":
-            return "micro_batch" if groups >= 2 else None
-        if self.estimator != "auto":
-            return self.estimator if self.estimator == "vmap" or self._use_ghost else None
-        if groups >= 2:
-            copies = "inner" in self.criterion.needs and self.scope == "all" and driver.accumulate > MAX_COPIES
-            return "vmap" if copies else "micro_batch"
-        assert self._collector is not None
-        if self._use_ghost and any(isinstance(m, _BatchNorm) and m.training for m in self._collector.module.modules()):
-            self._no_ghost("a BatchNorm in training mode leaves no gradient of a single sample")
-        return "ghost" if self._use_ghost and "element" not in self.criterion.needs else None
+            self.probe.begin_step(driver, self._steps)
+        self.probe.before_forward(batch)
 
     def _no_ghost(self, reason: object) -> None:
         """Per-sample norms cannot be told from this model: compare two micro-batches instead."""
-        self._use_ghost = False
-        if self.estimator == "ghost":
-            raise MisconfigurationException(f"AdaptiveBatchSize(estimator='ghost'): {reason}")
         if self._mode_now() == "monitor":
             rank_zero_warn(
                 f"AdaptiveBatchSize: {reason}. Nothing is measured: set accumulate_grad_batches >= 2, or use"
@@ -414,43 +348,24 @@ class AdaptiveBatchSize(TensorBoardCharts):
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if "loss" in self.criterion.needs or self.log_vs_samples:
-            value = loss.detach() * trainer.accumulate_grad_batches
-            self._loss_sum = value if self._loss_sum is None else self._loss_sum + value
-            self._losses += 1
+        self.probe.before_backward(loss * trainer.accumulate_grad_batches)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        collector = self._collector
-        if collector is None or not collector.collecting:
-            return
-        try:
-            # Lightning divides the loss by k, and a GradScaler multiplies it
-            collector.after_backward(trainer.accumulate_grad_batches / _amp_scale(trainer))
-        except UnsupportedLayerError as error:
-            collector.cancel()
-            self._no_ghost(error)
+        # Lightning divides the loss by k, and a GradScaler multiplies it
+        self.probe.after_backward(trainer.accumulate_grad_batches / amp_scale(trainer))
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        driver, collector = self._active, self._collector
+        driver = self._active
         self._stepped = True
         if self._mode_now() != "monitor":
             rescale_gradients(list(pl_module.parameters()), driver.gradient_correction)
-        self._loss_value = None
-        if self._loss_sum is not None:
-            self._loss_value = float(self._loss_sum) / self._losses
-        if collector is None or not collector.collecting:
+        stats = self.probe.finish(trainer, driver, float(optimizer.param_groups[0]["lr"]), self._steps)
+        if stats is None:
             return
-        stats = collector.finish(
-            driver.world,
-            lambda vector: _reduce(trainer, vector),
-            loss=self._loss_value,
-            lr=float(optimizer.param_groups[0]["lr"]),
-        )
-        self._last_test = self._steps
         plan = driver.plan
         self._decision = self.controller.decide(stats, plan.batch_size, driver.population)
         if self._decision is None:
@@ -486,33 +401,22 @@ class AdaptiveBatchSize(TensorBoardCharts):
         driver.end_batch(trainer, batch_idx, stepped)
         if stepped:
             if self.log:
-                self._log(trainer, pl_module, changed)
+                plan, seconds = driver.plan, self.probe.seconds
+                self._log.step(
+                    trainer,
+                    pl_module,
+                    plan,
+                    self._log.values(plan, self._decision, self.samples_seen, self.skipped_tests, seconds),
+                    steps=self._steps,
+                    changed=changed,
+                    scaler=self.lr_scaler,
+                    loss=self.probe.loss,
+                )
             if self.max_samples is not None and self.samples_seen >= self.max_samples:
                 trainer.should_stop = True
             self._decision = None
 
     # ── logging ──────────────────────────────────────────────────────────────────────────────────────────────────
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, changed: bool) -> None:
-        plan = self._active.plan
-        pl_module.log("batching/batch_size", float(plan.batch_size), prog_bar=True, batch_size=1)
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = changed or self._steps - self._logged_step >= every or self._logged_step < 0
-        if self.lr_scaler is not None and self.lr_scaler.log_values:
-            self.lr_scaler.log_to(pl_module, trainer)
-        if due:
-            self._logged_step = self._steps
-            seconds = 0.0 if self._collector is None else self._collector.seconds
-            values = scalars(plan, self._decision, self.samples_seen, self.skipped_tests, seconds, self.scope)
-            if self.lr_scaler is not None:
-                values["batching/lr_factor"] = self.lr_scaler.factor
-            log_scalars(trainer, values)
-        if self.log_vs_samples:
-            values = {"samples/batch_size": float(plan.batch_size)}
-            if self._loss_value is not None:
-                values["samples/train_loss"] = self._loss_value
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=self.samples_seen)
-
     @override
     def tensorboard_charts(self, trainer: pl.Trainer) -> Charts:
         return {
@@ -530,22 +434,8 @@ class AdaptiveBatchSize(TensorBoardCharts):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._collector is not None:
-            self._collector.remove()
-            self._collector = None
+        self.probe.detach()
         if self.lr_scaler is not None:
             self.lr_scaler.detach(trainer)
         if self._driver is not None:
             self._driver.detach(trainer)
-
-
-def _amp_scale(trainer: pl.Trainer) -> float:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
-
-
-def _reduce(trainer: pl.Trainer, vector: Tensor) -> Tensor:
-    if trainer.world_size == 1:
-        return vector
-    summed: Tensor = trainer.strategy.reduce(vector.to(trainer.strategy.root_device), reduce_op="sum")
-    return summed.cpu()

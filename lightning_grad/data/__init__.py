@@ -1,6 +1,7 @@
 """Samplers and loaders whose position survives a restart."""
 
-from lightning_grad.data.adaptive import AdaptiveBatchSampler, AdaptiveDataLoader, DrawnOrderSampler, MicroBatch
+from lightning_grad.data.adaptive import AdaptiveBatchSampler, AdaptiveDataLoader, DrawnOrderSampler
+from lightning_grad.data.batch_course import MicroBatch
 from lightning_grad.data.resumable import (
     PositionedBatchSampler,
     ResumableBatchSampler,

@@ -7,6 +7,7 @@ collector only watches. Later facilities that need gradient noise use this class
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -168,17 +169,18 @@ class NoiseCollector:
         n, samples, spread, loss_sum = int(reduced[-4]), float(reduced[-3]), float(reduced[-2]), float(reduced[-1])
         mean_sq = reduced[:-4] / n
         q = samples / n
+        unbiased = q / (n - 1) if n > 1 else math.nan  # one sample, or one micro-batch, shows no variance
         blocks: tuple[Tensor | None, Tensor | None] = (None, None)
         if "element" in self.needs:
-            blocks = self._element_blocks(n, q, grad, reduce_sum)
+            blocks = self._element_blocks(n, unbiased * n, grad, reduce_sum)
         elif "tensor" in self.needs:
-            blocks = ((mean_sq - per_tensor) * q * n / (n - 1), per_tensor)
+            blocks = ((mean_sq - per_tensor) * unbiased * n, per_tensor)
         stats = GradStats(
             n_groups=n,
             group_size=q,
             mean_sq_norm=float(mean_sq.sum()),
             grad_sq_norm=total_sq,
-            inner_var=q * spread / (n - 1) if "inner" in self.needs else None,
+            inner_var=unbiased * spread if "inner" in self.needs else None,
             tensor_trace_cov=blocks[0],
             tensor_grad_sq=blocks[1],
             loss=None if loss is None else loss_sum / world,
@@ -204,7 +206,7 @@ class NoiseCollector:
         return [part.double().cpu() for part in parts]
 
     def _element_blocks(
-        self, n: int, q: float, grad: Mapping[str, Tensor | None], reduce_sum: ReduceSum
+        self, n: int, scale: float, grad: Mapping[str, Tensor | None], reduce_sum: ReduceSum
     ) -> tuple[Tensor, Tensor]:
         if self.estimator == "micro_batch":
             assert self._leaves is not None
@@ -215,7 +217,7 @@ class NoiseCollector:
         pairs = zip(grad.values(), self.params.values(), strict=True)
         mean = torch.cat([(g if g is not None else torch.zeros_like(p)).reshape(-1).double().cpu() for g, p in pairs])
         squares = reduce_sum(squares.double().cpu()) / n
-        return (squares - mean.square()) * q * n / (n - 1), mean.square()
+        return (squares - mean.square()) * scale, mean.square()
 
     def cancel(self) -> None:
         """Give up the present step and free what it kept."""

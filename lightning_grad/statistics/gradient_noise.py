@@ -58,7 +58,12 @@ class GradStats:
 
     @property
     def trace_cov(self) -> float:
-        r"""Total variance :math:`S`, unbiased for :math:`\mathrm{tr}\,\Sigma`; below zero only by rounding."""
+        r"""Total variance :math:`S`, unbiased for :math:`\mathrm{tr}\,\Sigma`; below zero only by rounding.
+
+        One group alone has none: nan.
+        """
+        if self.n_groups < 2:
+            return math.nan
         scale = self.group_size * self.n_groups / (self.n_groups - 1)
         return scale * (self.mean_sq_norm - self.grad_sq_norm)
 
@@ -105,7 +110,7 @@ class GradStats:
     @property
     def finite(self) -> bool:
         """Whether every number in here is finite."""
-        numbers = [self.mean_sq_norm, self.grad_sq_norm]
+        numbers = [self.trace_cov, self.grad_sq_norm]
         numbers += [value for value in (self.inner_var, self.loss, self.lr) if value is not None]
         blocks = [value for value in (self.tensor_trace_cov, self.tensor_grad_sq) if value is not None]
         return all(map(math.isfinite, numbers)) and all(bool(block.isfinite().all()) for block in blocks)

@@ -1,6 +1,7 @@
 """Run by test_adaptive_batch_ddp.py: train on two processes, resume from some steps, and write what was seen."""
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -10,10 +11,17 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_grad import AdaptiveBatchSize, RandomStateCheckpoint
-from lightning_grad.allocation.batch_size import NormTest
+from lightning_grad.allocation.batch_size import Criterion, NormTest
 from lightning_grad.data import ResumableDataLoader
 
 N, EPOCHS = 97, 3
+
+
+class Dice(Criterion):
+    """Ask for a batch size drawn from what was measured: any sequence of plans, the same again after a resume."""
+
+    def target(self, stats):
+        return float(random.Random(stats.trace_cov).randint(2, 40))
 
 
 class Net(pl.LightningModule):
@@ -43,33 +51,50 @@ class Net(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Sizes(pl.Callback):
+    """The batch size of every optimizer step."""
+
+    def __init__(self, adaptive: AdaptiveBatchSize) -> None:
+        self.adaptive, self.seen = adaptive, []
+
+    def on_before_optimizer_step(self, *args) -> None:
+        self.seen.append(self.adaptive._driver.plan.batch_size)
+
+
 def run(folder: Path, ckpt: Path | None, mode: str):
     pl.seed_everything(3 if ckpt is None else 4, verbose=False)
     model = Net()
-    adaptive = AdaptiveBatchSize(40, NormTest(0.3), max_micro_batch_size=6, mode=mode, ema=0.5)
+    if mode == "dice":
+        adaptive = AdaptiveBatchSize(
+            40, Dice(), max_micro_batch_size=6, min_batch_size=2, allow_decrease=True, ema=0.0, max_growth=None
+        )
+    else:
+        adaptive = AdaptiveBatchSize(40, NormTest(0.3), max_micro_batch_size=6, mode=mode, ema=0.5)
+    sizes = Sizes(adaptive)
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy="ddp", max_epochs=EPOCHS, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[RandomStateCheckpoint(), adaptive, saver], limit_val_batches=0,
+        enable_model_summary=False, callbacks=[RandomStateCheckpoint(), adaptive, sizes, saver], limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(model, ckpt_path=ckpt, weights_only=None if ckpt is None else True)
     seen = [None, None]
     dist.all_gather_object(seen, model.seen)
     weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    return weights, seen, trainer.global_step, adaptive._driver.plan, adaptive.tests
+    return weights, seen, trainer.global_step, adaptive._driver.plan, adaptive.tests, sizes.seen
 
 
 def main() -> None:
     out = Path(sys.argv[1])
     result = {}
-    for mode in ("sampler", "accumulate"):
-        straight, seen, steps, plan, tests = run(out / mode, None, mode)
+    for mode in ("sampler", "accumulate", "dice"):
+        straight, seen, steps, plan, tests, sizes = run(out / mode, None, mode)
         resumed = {}
         for step in (1, steps // 3, steps // 2, steps - 1):
             again, *_ = run(out / f"{mode}-again", out / mode / f"step={step}.ckpt", mode)
             resumed[step] = bool(torch.equal(again, straight))
         result[mode] = {
-            "seen": seen, "steps": steps, "resumed": resumed, "batch_size": plan.batch_size, "tests": tests
+            "seen": seen, "steps": steps, "resumed": resumed, "batch_size": plan.batch_size, "tests": tests,
+            "sizes": sizes,
         }  # fmt: skip
     if dist.get_rank() == 0:
         (out / "result.json").write_text(json.dumps(result))

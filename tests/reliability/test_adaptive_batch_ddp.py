@@ -21,12 +21,15 @@ def test_two_processes(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
-    sampler, accumulate = result["sampler"], result["accumulate"]
-    counts = Counter(sampler["seen"][0] + sampler["seen"][1])
-    assert counts == dict.fromkeys(range(97), 3)  # three epochs
+    sampler, accumulate, dice = result["sampler"], result["accumulate"], result["dice"]
+    for mode in (sampler, dice):
+        counts = Counter(mode["seen"][0] + mode["seen"][1])
+        assert counts == dict.fromkeys(range(97), 3)  # three epochs
+    assert len(set(dice["sizes"])) > 3
+    assert dice["sizes"] != sorted(dice["sizes"])
     assert accumulate["batch_size"] > 6
     assert sampler["batch_size"] > 6
-    for mode in (sampler, accumulate):
+    for mode in (sampler, accumulate, dice):
         assert mode["tests"] > 0
         assert len(mode["resumed"]) >= 3
         assert all(mode["resumed"].values()), mode["resumed"]

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.reliability.kills import Run, train, train_with_kills
-from tests.reliability.runs import CASES, differing
+from tests.reliability.runs import CASES, case_named, differing
 
 
 def check(run, folder, num_kills, rng):
@@ -27,8 +27,9 @@ def test_one_kill(case, tmp_path):
     check({"case": case, "steps": 20}, tmp_path, 1, random.Random(1))
 
 
-def test_one_kill_of_two_processes(tmp_path):
-    check({"case": CASES[0], "steps": 12, "world_size": 2}, tmp_path, 1, random.Random(0))
+@pytest.mark.parametrize("name", ["adamw", "adaptive_batch"])
+def test_one_kill_of_two_processes(name, tmp_path):
+    check({"case": case_named(name), "steps": 12, "world_size": 2}, tmp_path, 1, random.Random(0))
 
 
 @pytest.mark.reliability_full
@@ -41,5 +42,6 @@ def test_twenty_kills(case, seed, tmp_path):
 
 @pytest.mark.reliability_full
 @pytest.mark.parametrize("seed", range(2))
-def test_kills_of_two_processes(seed, tmp_path):
-    check({"case": CASES[0], "seed": seed, "world_size": 2}, tmp_path, 3, random.Random(seed))
+@pytest.mark.parametrize("name", ["adamw", "adaptive_batch", "adaptive_batch_both_ways", "adaptive_batch_accumulate"])
+def test_kills_of_two_processes(name, seed, tmp_path):
+    check({"case": case_named(name), "seed": seed, "world_size": 2}, tmp_path, 3, random.Random(seed))

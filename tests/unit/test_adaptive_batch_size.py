@@ -434,7 +434,7 @@ def test_no_gradient_copies_by_default():
 
     class Look(pl.Callback):
         def on_before_optimizer_step(self, *args):
-            leaves = callback._collector._leaves
+            leaves = callback.probe._collector._leaves
             kept.append(sum(t.numel() for n in leaves._norms for t in n) if leaves else 0)
             assert not leaves or (not leaves._kept and all(s is None for s in leaves._sums))
 

@@ -1,0 +1,178 @@
+"""What AdaptiveBatchSize measures, when, and by which estimator; it decides nothing."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_grad.callbacks._batch_checks import MAX_COPIES
+from lightning_grad.callbacks._batch_drivers import WatchDriver
+from lightning_grad.callbacks._step_loss import step_loss
+from lightning_grad.statistics.collector import Estimator, NoiseCollector, samples_in
+from lightning_grad.statistics.ghost import UnsupportedLayerError, is_norm_layer
+from lightning_grad.statistics.gradient_noise import GradStats
+
+AUTO_INTERVAL: dict[str, int] = {"micro_batch": 2, "ghost": 8, "vmap": 50}
+"""Optimizer steps between tests that keep the cost of measuring below a twentieth of a step."""
+
+
+class GradientProbe:
+    """Statistics of the gradient of some optimizer steps of a running Trainer.
+
+    Args:
+        estimator: As the user gave it.
+        scope: Which parameters.
+        needs: What the criterion needs besides the norms.
+        test_interval: Optimizer steps between tests.
+        warmup_steps: Optimizer steps before the first test.
+        with_loss: Whether the loss of each step is wanted for other reasons than the criterion's.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator | Literal["auto"],
+        scope: str | list[str],
+        needs: frozenset[str],
+        test_interval: int | Literal["auto"],
+        warmup_steps: int,
+        with_loss: bool,
+    ) -> None:
+        self.estimator, self.scope, self.needs = estimator, scope, needs
+        self.test_interval, self.warmup_steps = test_interval, warmup_steps
+        self.loss: float | None = None
+        """Mean loss of the present step on this process, once it is complete; None if nobody wants it."""
+        self.on_no_ghost: Callable[[object], None] = lambda reason: None
+        self._use_ghost = True
+        self._last_test: int | None = None
+        self._with_loss = with_loss or "loss" in needs
+        self._loss_sum: Tensor | None = None
+        self._losses = 0
+        self._collector: NoiseCollector | None = None
+
+    # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"last_test": self._last_test, "use_ghost": self._use_ghost}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._last_test, self._use_ghost = state_dict["last_test"], state_dict["use_ghost"]
+
+    def attach(self, pl_module: pl.LightningModule) -> None:
+        """Get ready to measure ``pl_module``."""
+        self._collector = NoiseCollector(pl_module, self._names(pl_module), self.needs, step_loss(pl_module))
+
+    def detach(self) -> None:
+        """Take all hooks off."""
+        if self._collector is not None:
+            self._collector.remove()
+            self._collector = None
+
+    def _names(self, pl_module: pl.LightningModule) -> list[str]:
+        names = [n for n, p in pl_module.named_parameters() if p.requires_grad]
+        if self.scope == "all":
+            return names
+        if self.scope == "norm_layers":
+            norms = {f"{n}.weight" for n, m in pl_module.named_modules() if is_norm_layer(m)}
+            chosen = [n for n in names if n in norms]
+        else:
+            chosen = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in self.scope)]
+        if not chosen:
+            raise ValueError(f"`scope`={self.scope!r} matches no trainable parameter.")
+        return chosen
+
+    @property
+    def seconds(self) -> float:
+        """What the last test took."""
+        return 0.0 if self._collector is None else self._collector.seconds
+
+    # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
+    def begin_step(self, driver: WatchDriver, steps: int) -> None:
+        """An optimizer step begins, after ``steps`` of them; start a test if one is due."""
+        assert self._collector is not None
+        if self._collector.collecting:
+            self._collector.cancel()
+        self._loss_sum, self._losses, self.loss = None, 0, None
+        estimator = self._choose(driver)
+        if estimator is None or steps < self.warmup_steps:
+            return
+        interval = AUTO_INTERVAL[estimator] if self.test_interval == "auto" else self.test_interval
+        if self._last_test is not None and steps - self._last_test < interval:
+            return
+        try:
+            self._collector.begin(estimator)
+        except UnsupportedLayerError as error:
+            self._no_ghost(error)
+
+    def before_forward(self, batch: Any) -> None:
+        """A micro-batch is about to go forward."""
+        assert self._collector is not None
+        if self._collector.collecting:
+            self._collector.before_forward(batch, samples_in(batch))
+
+    def before_backward(self, loss: Tensor) -> None:
+        """The mean loss of a micro-batch is known."""
+        if self._with_loss:
+            value = loss.detach()
+            self._loss_sum = value if self._loss_sum is None else self._loss_sum + value
+            self._losses += 1
+
+    def after_backward(self, scale: float) -> None:
+        """A backward pass is done; ``scale`` times its gradient is that of the mean loss of its micro-batch."""
+        if self._collector is None or not self._collector.collecting:
+            return
+        try:
+            self._collector.after_backward(scale)
+        except UnsupportedLayerError as error:
+            self._collector.cancel()
+            self._no_ghost(error)
+
+    def finish(self, trainer: pl.Trainer, driver: WatchDriver, lr: float, steps: int) -> GradStats | None:
+        """Statistics of the step, when ``.grad`` is complete; None if this step is not tested."""
+        if self._loss_sum is not None:
+            self.loss = float(self._loss_sum) / self._losses
+        if self._collector is None or not self._collector.collecting:
+            return None
+        self._last_test = steps
+        return self._collector.finish(driver.world, lambda vector: _reduce(trainer, vector), loss=self.loss, lr=lr)
+
+    def _choose(self, driver: WatchDriver) -> Estimator | None:
+        """The estimator of the step that begins; None if it has none."""
+        groups = driver.world * driver.accumulate
+        if self.estimator == "micro_batch":
+            return "micro_batch" if groups >= 2 else None
+        if self.estimator != "auto":
+            return self.estimator if self.estimator == "vmap" or self._use_ghost else None
+        if groups >= 2:
+            copies = "inner" in self.needs and self.scope == "all" and driver.accumulate > MAX_COPIES
+            return "vmap" if copies else "micro_batch"
+        assert self._collector is not None
+        if self._use_ghost and any(isinstance(m, _BatchNorm) and m.training for m in self._collector.module.modules()):
+            self._no_ghost("a BatchNorm in training mode leaves no gradient of a single sample")
+        return "ghost" if self._use_ghost and "element" not in self.needs else None
+
+    def _no_ghost(self, reason: object) -> None:
+        """Per-sample norms cannot be told from this model."""
+        self._use_ghost = False
+        if self.estimator == "ghost":
+            raise MisconfigurationException(f"AdaptiveBatchSize(estimator='ghost'): {reason}")
+        self.on_no_ghost(reason)
+
+
+def amp_scale(trainer: pl.Trainer) -> float:
+    """Factor by which a GradScaler multiplies the loss."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def _reduce(trainer: pl.Trainer, vector: Tensor) -> Tensor:
+    if trainer.world_size == 1:
+        return vector
+    summed: Tensor = trainer.strategy.reduce(vector.to(trainer.strategy.root_device), reduce_op="sum")
+    return summed.cpu()
