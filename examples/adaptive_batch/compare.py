@@ -19,18 +19,20 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lightning_grad import AdaptiveBatchSize, BatchSizeLRScaler, NormTest
+from lightning_grad import AdaptiveBatchSize, BatchSizeLRScaler, NormTest, SamplesLR
 from lightning_grad.demos import DigitsCNN, DigitsData
 
 HERE = Path(__file__).parent
 SMALL, LARGE = 16, 256
-RATES = (2e-2, 4e-2, 8e-2)
+RATES = (2e-2, 4e-2, 8e-2, 1.6e-1)
 KINDS = (f"fixed {SMALL}", f"fixed {LARGE}", "adaptive", "AdAdaGrad as published")
 
 
 class Model(DigitsCNN):
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adagrad(self.parameters(), lr=self.lr)
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adagrad(self.parameters(), lr=self.lr)
+        schedule = SamplesLR(optimizer, base="cosine", warmup_samples=1344, final=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class Curve(pl.Callback):
@@ -54,7 +56,7 @@ class Curve(pl.Callback):
 def callback_for(kind: str) -> AdaptiveBatchSize:
     rule = NormTest(eta=0.5)
     if kind == "adaptive":
-        scaler = BatchSizeLRScaler("linear")
+        scaler = BatchSizeLRScaler("sqrt")
         return AdaptiveBatchSize(LARGE, rule, max_micro_batch_size=LARGE, warmup_steps=84, lr_scaler=scaler)
     if kind == "AdAdaGrad as published":
         return AdaptiveBatchSize(LARGE, rule, max_micro_batch_size=LARGE, preset="paper")
