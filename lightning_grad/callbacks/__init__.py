@@ -13,6 +13,7 @@ from lightning_grad.callbacks.adaptive_batch_size import AdaptiveBatchSize
 from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
 from lightning_grad.callbacks.bind_data_size import BindDataSize
 from lightning_grad.callbacks.iterate_averaging import IterateAveraging
+from lightning_grad.callbacks.lanczos_learning_rate import LanczosLearningRate
 from lightning_grad.callbacks.loss_normalized_lr import LossNormalizedLR
 from lightning_grad.callbacks.nvfp4_monitor import NVFP4Monitor
 from lightning_grad.callbacks.nvfp4_switch import NVFP4PrecisionSwitch
@@ -33,6 +34,7 @@ __all__ = [
     "DynamicSampleAllocation",
     "InnerProductTest",
     "IterateAveraging",
+    "LanczosLearningRate",
     "LossNormalizedLR",
     "NVFP4Monitor",
     "NVFP4PrecisionSwitch",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,14 +16,19 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 from torchmetrics import Metric
 
+from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
 from lightning_grad.statistics.curvature import HessianOperator, Mode, adam_scale
 
 
 @contextmanager
 def curvature_operator(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, mode: Mode = "auto", preconditioned: bool = False
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    batches: Sequence[Any],
+    mode: Mode = "auto",
+    preconditioned: bool = False,
 ) -> Iterator[HessianOperator]:
-    """Yield the Hessian of the training loss on ``batch``, averaged over processes; leaves no trace in the module.
+    """Yield the Hessian of the mean training loss on ``batches`` and processes; leaves no trace in the module.
 
     The loss is ``pl_module.curvature_loss(batch)`` if there is such a method, else that of ``training_step(batch, 0)``,
     with logging off and the metrics' states put back. Without autocast, in the module's present mode.
@@ -34,16 +39,19 @@ def curvature_operator(
     with (
         _quiet(pl_module),
         HessianOperator(
-            _loss_function(pl_module, batch), params, mode, module=pl_module, reduce=reduce, scale=scale
+            _loss_function(pl_module, batches), params, mode, module=pl_module, reduce=reduce, scale=scale
         ) as operator,
     ):
         yield operator
 
 
-def _loss_function(pl_module: pl.LightningModule, batch: Any) -> Callable[[], Tensor]:
+def _loss_function(pl_module: pl.LightningModule, batches: Sequence[Any]) -> Callable[[], Tensor]:
     own = getattr(pl_module, "curvature_loss", None)
 
     def loss() -> Tensor:
+        return torch.stack([loss_of(batch) for batch in batches]).mean()
+
+    def loss_of(batch: Any) -> Tensor:
         output = own(batch) if own is not None else pl_module.training_step(batch, 0)
         value = output["loss"] if isinstance(output, dict) else output
         if not isinstance(value, Tensor):
@@ -112,6 +120,16 @@ def check_supported(name: str, trainer: pl.Trainer, pl_module: pl.LightningModul
             f" {type(pl_module).__name__}.curvature_loss(batch)."
         )
     HessianOperator(lambda: torch.zeros(()), [p for p in pl_module.parameters() if p.requires_grad])
+
+
+def share_critical_batch(trainer: pl.Trainer, trace: float, lambda_max: float) -> None:
+    r"""Tell ``BatchSizeLRScaler(critical_batch="curvature")`` :math:`(\mathrm{tr} H - \lambda)/\lambda`."""
+    if not 0.0 < lambda_max < trace:
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        scaler = getattr(callback, "lr_scaler", callback)
+        if isinstance(scaler, BatchSizeLRScaler) and scaler.critical_batch == "curvature":
+            scaler.critical_batch_size = (trace - lambda_max) / lambda_max
 
 
 def first_of_window(trainer: pl.Trainer, batch_idx: int) -> bool:

@@ -20,6 +20,7 @@ from lightning_grad.callbacks._curvature import (
     learning_rate,
     momentum_of,
     samples_per_step,
+    share_critical_batch,
 )
 from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts, log_scalars
 from lightning_grad.statistics.curvature import HessianOperator, Mode, rademacher
@@ -171,7 +172,7 @@ class StabilityMonitor(_StepHook):
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         optimizer = trainer.optimizers[0]
-        with curvature_operator(trainer, pl_module, batch, self.mode) as hessian:
+        with curvature_operator(trainer, pl_module, [batch], self.mode) as hessian:
             lambda_max, trace, frobenius_sq = self._curvature(hessian, self.seed + trainer.global_step)
         values = {
             "stability/lambda_max": lambda_max,
@@ -181,7 +182,7 @@ class StabilityMonitor(_StepHook):
         if is_adam(optimizer):
             if optimizer.state:  # no second moments before the first step
                 beta = momentum_of(optimizer)
-                with curvature_operator(trainer, pl_module, batch, self.mode, preconditioned=True) as scaled:
+                with curvature_operator(trainer, pl_module, [batch], self.mode, preconditioned=True) as scaled:
                     start = rademacher(scaled.size, self.seed + trainer.global_step, scaled.device, scaled.dtype)
                     largest = float(lanczos(scaled, start, self.k).ritz()[0][-1])
                 values["gd_limit"] = (2 + 2 * beta) / ((1 - beta) * largest) if largest > 0 else math.inf
@@ -192,6 +193,7 @@ class StabilityMonitor(_StepHook):
             )
             values |= {"gd_limit": limits["gd"], "sgd_limit": limits["sgd"]}
         self._pending |= values
+        share_critical_batch(trainer, trace, lambda_max)
 
     def _curvature(self, hessian: HessianOperator, seed: int) -> tuple[float, float, float]:
         """Largest eigenvalue, trace, squared Frobenius norm."""
@@ -210,7 +212,7 @@ class StabilityMonitor(_StepHook):
 
     def _measure_sharpness(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         self._sharpness_left -= 1
-        with curvature_operator(trainer, pl_module, batch, self.mode) as hessian:
+        with curvature_operator(trainer, pl_module, [batch], self.mode) as hessian:
             gradient = hessian.gradient()
             square = float(gradient.double() @ gradient.double())
             if square > 0:

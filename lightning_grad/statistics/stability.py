@@ -60,6 +60,15 @@ def heavy_ball(largest: float, mu: float) -> tuple[float, float]:
     return (2.0 / (a + b)) ** 2, ((a - b) / (a + b)) ** 2
 
 
+def smoothed_lr(old: float | None, new: float, ema: float, max_change: float, bounds: tuple[float, float]) -> float:
+    """Return the next learning rate: an average of logarithms, at most ``max_change`` times away, within ``bounds``."""
+    if old is not None:
+        change = (1.0 - ema) * math.log(new / old)
+        limit = math.log(max_change)
+        new = old * math.exp(min(max(change, -limit), limit))
+    return min(max(new, bounds[0]), bounds[1])
+
+
 def curvature_lr(largest: float, momentum: float = 0.0, rule: str = "polyak", nesterov: bool = False) -> float:
     r"""Return the learning rate for largest curvature :math:`L` at a given momentum.
 

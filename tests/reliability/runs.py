@@ -27,6 +27,7 @@ from lightning_grad import (
     BatchSizeLRScaler,
     ChecksumCheckpointIO,
     DynamicSampleAllocation,
+    LanczosLearningRate,
     NoiseScale,
     NormTest,
     NVFP4Precision,
@@ -140,6 +141,12 @@ CASES = [
         "stability_monitor",
         callbacks=lambda: [StabilityMonitor(every_n_steps=2, k=2, num_probes=1)],
         trainer=lambda: {"accumulate_grad_batches": 2, "logger": CSVLogger(tempfile.mkdtemp())},
+    ),
+    Case(
+        "lanczos_learning_rate",
+        optimizer=lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.5),
+        callbacks=lambda: [LanczosLearningRate(every_n_steps=3, k=2, probe="fixed", probe_batches=2, momentum="set")],
+        trainer=lambda: {"accumulate_grad_batches": 2},
     ),
     Case(
         "nvfp4",

@@ -163,7 +163,7 @@ def test_with_noise_variable_projection_is_right_and_the_parabola_is_not():
 
 
 def test_intervals_cover():
-    """24 data sets; 90 % intervals that cover 85 % of the time fail here (fewer than 14) once in 4000 runs."""
+    """24 data sets; 90 % intervals that cover 85 % of the time fail here (fewer than 14) once in 3000 runs."""
     p, hits = SURFACES["chinchilla"], 0
     truth = optimum(p, 1e23)[1]
     for seed in range(24):

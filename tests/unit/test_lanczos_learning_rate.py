@@ -1,0 +1,241 @@
+"""LanczosLearningRate: the decisions on known curvature, in a Trainer, refusals, two processes."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_grad import BatchSizeLRScaler, LanczosLearningRate, LossNormalizedLR
+from lightning_grad.demos import SourceText, TinyGPT
+from lightning_grad.statistics.stability import smoothed_lr
+from tests.unit.test_stability_monitor import Memory, Net, fit
+
+ROOT = Path(__file__).parents[2]
+SPECTRUM = torch.tensor([0.01, 0.1, 0.3, 0.70305], dtype=torch.float64)
+
+
+class Quadratic(pl.LightningModule):
+    """Half of sum lambda w^2, whatever the batch."""
+
+    def __init__(self, make=lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9), schedule=None):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4, dtype=torch.float64))
+        self.make, self.schedule, self.seen = make, schedule, []
+
+    def training_step(self, batch, batch_idx):
+        return 0.5 * (SPECTRUM * self.w**2).sum()
+
+    def configure_optimizers(self):
+        optimizer = self.make(self.parameters())
+        if self.schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}}
+
+
+def run(callbacks, model=None, steps=3, **kwargs):
+    model, memory = model or Quadratic(), Memory()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, callbacks=callbacks, enable_checkpointing=False,
+        logger=kwargs.pop("logger", memory), enable_progress_bar=False, enable_model_summary=False, **kwargs,
+    )  # fmt: skip
+    trainer.fit(model, DataLoader(TensorDataset(torch.zeros(8, 1)), 2))
+    return model, memory
+
+
+def logged(memory, name):
+    return [value for _, value in memory.of(f"curvature/{name}")]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "lr", "momentum"),
+    [
+        ({"rule": "polyak"}, (1 + math.sqrt(0.9)) ** 2 / 0.70305, 0.9),
+        ({"rule": "inverse"}, 1 / 0.70305, 0.9),
+        ({"rule": "edge"}, 3.8 / 0.70305, 0.9),
+        ({"momentum": "set", "mu": 0.01}, 4.5416, 0.61920),
+        ({"momentum": "set"}, 4.5416, 0.61920),
+        ({"momentum": "set", "mu": "smallest_positive"}, 4.5416, 0.61920),
+    ],
+)
+def test_decisions_on_a_known_spectrum(kwargs, lr, momentum):
+    model, memory = run([LanczosLearningRate(every_n_steps=1, k=4, safety=0.5, **kwargs)])
+    assert logged(memory, "lambda_max") == pytest.approx([0.70305] * 3)
+    assert logged(memory, "lambda_min") == pytest.approx([0.01] * 3)
+    assert logged(memory, "trace") == pytest.approx([float(SPECTRUM.sum())] * 3)
+    assert logged(memory, "lr_star") == pytest.approx([lr] * 3, rel=1e-4)
+    assert logged(memory, "lr_applied") == pytest.approx([lr / 2] * 3, rel=1e-4)
+    assert logged(memory, "momentum") == pytest.approx([momentum] * 3, rel=1e-4)
+    group = model.optimizers().param_groups[0]
+    assert (group["lr"], group["momentum"]) == (1.0, 0.9)  # put back after each step
+
+
+def test_heavy_ball_contracts_as_it_should():
+    """With momentum set and safety 1 the distance falls by sqrt(momentum) a step; with lr over the edge it grows."""
+    norms = []
+    for steps in (200, 400):  # at the optimum the error is t rho^t: compare two lengths
+        model, _ = run([LanczosLearningRate(10_000, k=4, momentum="set", safety=1.0)], steps=steps)
+        norms.append(float(model.w.detach().norm()))
+    rate = (norms[1] / norms[0]) ** (1 / 200)
+    assert rate == pytest.approx(math.sqrt(0.61920), rel=0.02)
+    model, _ = run([LanczosLearningRate(10_000, k=4, rule="edge", safety=1.0)], steps=200)
+    assert float(model.w.detach().norm()) < 40  # at the edge: neither decays nor explodes exponentially
+
+
+def test_schedules_and_other_edits_multiply():
+    model = Quadratic(schedule=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5))
+    scaler = BatchSizeLRScaler("linear", reference_batch_size=1)
+    _, memory = run([scaler, LanczosLearningRate(1, k=4, rule="inverse", safety=1.0)], model)
+    assert logged(memory, "lr_applied") == pytest.approx([2 * 0.5**i / 0.70305 for i in range(3)])
+
+
+def test_smoothing_and_limits():
+    assert smoothed_lr(None, 4.0, 0.5, 2.0, (1e-3, 3.0)) == 3.0
+    assert smoothed_lr(1.0, 2.0, 0.5, 2.0, (1e-3, 3.0)) == pytest.approx(math.sqrt(2))
+    assert smoothed_lr(1.0, 1e4, 0.0, 2.0, (1e-3, 3.0)) == pytest.approx(2.0)
+    assert smoothed_lr(1.0, 1e-9, 0.0, 4.0, (0.5, 3.0)) == 0.5
+
+
+def test_adam_needs_the_preconditioner():
+    adam = lambda p: torch.optim.AdamW(p, lr=1e-3)  # noqa: E731
+    with pytest.raises(MisconfigurationException, match="preconditioned: true"):
+        run([LanczosLearningRate()], Quadratic(adam))
+    # the second step is the first with second moments: all gradients are known, and so is D H D
+    callback = LanczosLearningRate(100, k=4, rule="edge", preconditioned=True, safety=0.1)
+    _, memory = run([callback], Quadratic(adam), steps=2)
+    g = SPECTRUM
+    scaled = float((SPECTRUM / (g + 1e-8)).max())
+    assert logged(memory, "lambda_max") == pytest.approx([scaled], rel=0.01)
+    assert logged(memory, "lr_star") == pytest.approx([38.0 / scaled], rel=0.01)
+
+
+def test_batch_correction_takes_the_noise_of_the_step():
+    """Measured on 2 samples, trained with 8: trace beyond the top eigenvalue counts for 1/8 instead of 1/2."""
+    callback = LanczosLearningRate(1, k=4, rule="inverse", correct_batch=True, safety=1.0)
+    _, memory = run([callback], steps=1, accumulate_grad_batches=4)
+    rest = float(SPECTRUM.sum()) - 0.70305
+    assert logged(memory, "lambda_max") == pytest.approx([0.70305 - rest / 2 + rest / 8])
+
+
+def test_negative_curvature_keeps_the_learning_rate():
+    class Concave(Quadratic):
+        def training_step(self, batch, batch_idx):
+            return -super().training_step(batch, batch_idx)
+
+    _, memory = run([LanczosLearningRate(1, k=4)], Concave(), steps=2)
+    assert logged(memory, "skipped") == [1.0, 2.0]
+    assert logged(memory, "lr_applied") == [1.0, 1.0]
+
+
+def test_warmup_and_the_fixed_probe_wait():
+    _, memory = run([LanczosLearningRate(2, k=4, warmup_steps=3)], steps=6)
+    assert [step for step, _ in memory.of("curvature/lambda_max")] == [3, 5]
+    callback = LanczosLearningRate(4, k=4, probe="fixed", probe_batches=3)
+    _, memory = run([callback], steps=6)
+    assert [step for step, _ in memory.of("curvature/lambda_max")] == [2, 4]
+    assert len(callback.state_dict()["fixed"]) == 3
+
+
+def test_the_critical_batch_reaches_the_scaler():
+    scaler = BatchSizeLRScaler("gain", critical_batch="curvature")
+    run([scaler, LanczosLearningRate(1, k=4)], steps=1)
+    assert scaler.critical_batch_size == pytest.approx(float(SPECTRUM.sum()) / 0.70305 - 1)
+
+
+def test_dropout_batchnorm_and_accumulation_leave_no_trace_but_the_step():
+    """With a factor of 1 on what the optimizer had, weights are those of the plain run: measuring disturbs nothing."""
+    plain, _ = fit([], accumulate_grad_batches=2)
+    callback = LanczosLearningRate(2, k=3, lr_bounds=(0.05, 0.05))
+    watched, memory = fit([callback], accumulate_grad_batches=2)
+    pairs = zip(plain.state_dict().values(), watched.state_dict().values(), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in pairs)
+    assert [step for step, _ in memory.of("curvature/lambda_max")] == [0, 2, 4]
+
+
+def test_attention_and_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = TinyGPT(num_layers=1, dim=16, num_heads=2, block_size=8, dropout=0.1)
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.1)
+    logger = TensorBoardLogger(tmp_path, name=None, version="run")
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=2, callbacks=[LanczosLearningRate(1, k=3, figure=True)], logger=logger,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(model, SourceText(block_size=8, batch_size=2, max_bytes=100_000))
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert "curvature/density" in events.Tags()["images"]
+    histogram = events.Histograms("curvature/spectrum")[0].histogram_value
+    assert sum(histogram.bucket) == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-6)
+    assert len(events.Scalars("curvature/lambda_max")) == 2
+
+
+def test_refused_by_name():
+    for kwargs, name in (
+        ({"k": 1}, "k"), ({"rule": "newton"}, "rule"), ({"safety": 1.5}, "safety"), ({"max_change": 1.0}, "max_change"),
+        ({"mu": "min"}, "mu"), ({"mu": -1.0}, "mu"), ({"ema": 1.0}, "ema"), ({"lr_bounds": (1.0, 0.1)}, "lr_bounds"),
+        ({"probe_batches": 2}, "probe_batches"), ({"momentum": "set", "rule": "edge"}, "momentum"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"`{name}"):
+            LanczosLearningRate(**kwargs)
+    for make, text in (
+        (lambda p: torch.optim.RMSprop(p, lr=1e-3), "the optimizer is RMSprop"),
+        (lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, nesterov=True), "Nesterov"),
+        (lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, dampening=0.5), "dampening 0"),
+    ):
+        with pytest.raises(MisconfigurationException, match=text):
+            run([LanczosLearningRate()], Quadratic(make))
+    with pytest.raises(MisconfigurationException, match="both set the learning rate"):
+        run([LanczosLearningRate(), LossNormalizedLR()])
+    with pytest.raises(ValueError, match="bfloat16"):
+        fit([LanczosLearningRate()], Net(), precision="bf16-true")
+
+
+DDP = """
+import sys, torch, lightning.pytorch as pl
+from tests.unit.test_stability_monitor import Net, Memory, loader
+from lightning_grad import LanczosLearningRate
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+class Sharded(Net):
+    def train_dataloader(self):
+        x, y = loader().dataset.tensors
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        return DataLoader(TensorDataset(x[rank::world], y[rank::world]), 8 // world)
+if __name__ == "__main__":
+    pl.seed_everything(0)
+    model = Sharded(); model.net = nn.Linear(4, 3)
+    memory = Memory()
+    trainer = pl.Trainer(accelerator="cpu", devices=int(sys.argv[1]), strategy=sys.argv[2], max_steps=3, logger=memory,
+        callbacks=[LanczosLearningRate(every_n_steps=1, k=5)], use_distributed_sampler=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(model)
+    if trainer.is_global_zero:
+        print("RESULT", *[v for _, v in memory.of("curvature/lr_applied")], float(model.net.weight.detach().norm()))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_decide_as_one(tmp_path):
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    results = []
+    for devices, strategy in (("1", "auto"), ("2", "ddp")):
+        done = subprocess.run(
+            [sys.executable, str(script), devices, strategy], capture_output=True, text=True, timeout=280, cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+        )  # fmt: skip
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+        assert lines, done.stderr[-2000:]
+        results.append([float(x) for x in lines[0].split()[1:]])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
