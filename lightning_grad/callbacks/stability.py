@@ -97,7 +97,7 @@ class StabilityMonitor(_StepHook):
 
     def __init__(
         self,
-        every_n_steps: int = 500,
+        every_n_steps: int = 1500,
         num_probes: int = 4,
         k: int = 10,
         batch_sharpness_batches: int = 0,
