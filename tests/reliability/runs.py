@@ -145,7 +145,11 @@ CASES = [
     Case(
         "lanczos_learning_rate",
         optimizer=lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.5),
-        callbacks=lambda: [LanczosLearningRate(every_n_steps=3, k=2, probe="fixed", probe_batches=2, momentum="set")],
+        callbacks=lambda: [
+            LanczosLearningRate(
+                every_n_steps=3, k=2, probe="fixed", probe_batches=2, momentum="set", lr_bounds=(1e-4, 0.05)
+            )
+        ],
         trainer=lambda: {"accumulate_grad_batches": 2},
     ),
     Case(
