@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
@@ -86,6 +86,21 @@ def test_random_plans_with_workers(capfd):
 def test_three_hundred_random_plans_in_a_trainer(capfd):
     for seed in range(1000, 1300):
         check_random_run(seed)
+
+
+def test_rich_progress_bar_follows(capfd):
+    pytest.importorskip("rich")
+    ends = []
+
+    class Bar(RichProgressBar):
+        def on_train_epoch_end(self, *args):
+            super().on_train_epoch_end(*args)
+            ends.append(self.progress.tasks[self.train_progress_bar_id].total)
+
+    model = Mean()
+    fit(model, scripted(8, 8, 16, 32, 64), Bar(), enable_progress_bar=True)
+    first = len(model.window) + sum(len(window) for window, _ in model.steps) - 8
+    assert ends == [first, 8]  # the second epoch of 103 samples: 4 micro-batches of 16, and as many with the rest
 
 
 class Quadratic(pl.LightningModule):
