@@ -242,6 +242,22 @@ class Record(Criterion):
         return 1.0
 
 
+@pytest.mark.parametrize(
+    ("estimator", "interval", "warmup", "k", "tests"),
+    [
+        ("ghost", "auto", 0, 1, 4),  # every 8th of 32 steps
+        ("ghost", 3, 4, 1, 10),  # steps 4, 7, ..., 31
+        ("micro_batch", "auto", 0, 2, 8),  # every 2nd of 16 steps
+        ("vmap", "auto", 1, 1, 1),
+    ],
+)
+def test_tests_are_made_at_their_interval(estimator, interval, warmup, k, tests):
+    record = Record()
+    callback = AdaptiveBatchSize(64, record, estimator, mode="monitor", test_interval=interval, warmup_steps=warmup)
+    fit(Net(n=256), callback, accumulate_grad_batches=k, max_epochs=1, limit_val_batches=0)
+    assert len(record.stats) == tests
+
+
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("estimator", ["micro_batch", "ghost", "vmap"])
 def test_measured_statistics_are_those_of_separate_backward_passes(estimator, k):
