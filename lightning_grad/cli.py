@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 import lightning_grad
 from lightning_grad._cli_errors import ConfigError, locate, one_line
 from lightning_grad._cli_optimizers import Interval, OptimizerPlan
-from lightning_grad.callbacks import RandomStateCheckpoint
+from lightning_grad.callbacks import BindDataSize, RandomStateCheckpoint
 from lightning_grad.checkpoint_io import ChecksumCheckpointIO, checkpoint_fault
 from lightning_grad.optim.groups import OptimizerGroup
 
@@ -239,6 +239,8 @@ class LightningGradCLI(LightningCLI):
         exact = bool(section.get("exact_resume"))
         if exact and not any(isinstance(c, RandomStateCheckpoint) for c in callbacks):
             callbacks.append(RandomStateCheckpoint())
+        if not any(isinstance(c, BindDataSize) for c in callbacks):
+            callbacks.append(BindDataSize())  # idle unless an optimizer asks for the size of the training set
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         if exact:
             _use_checksums(trainer, configured.get("plugins"))

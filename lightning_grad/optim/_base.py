@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, TypedDict, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_grad.optim._buckets import Layout, Plan, Unit, make_plan
-from lightning_grad.optim._checks import check_group
+from lightning_grad.optim._checks import SWITCH_DEFAULTS, Switches, check_group, check_params
 from lightning_grad.optim._executors import (
     Group,
     Hyper,
@@ -30,42 +30,6 @@ from lightning_grad.optim._math import Pool
 
 Kind = Literal["elementwise", "rowwise", "global", "tensor"]
 Work = list[tuple[Group, list[tuple[Unit, Hyper]]]]
-
-
-class Switches(TypedDict, total=False):
-    """Keyword-only switches that every rule optimizer has.
-
-    Args:
-        maximize: Ascend instead of descend.
-        foreach: ``None``: flat buckets; ``True``: lists (``torch._foreach_*``); ``False``: one tensor at a time.
-        compile: Run the rule through ``torch.compile``: slow first step, fastest afterwards.
-        capturable: Keep the step count and all scalars on the device, for CUDA graphs.
-        differentiable: Let autograd differentiate through the step.
-        decay_1d: If ``False``, tensors with at most one dimension get no weight decay.
-        state_dtype: ``"param"``: state has the parameter's dtype; ``"float32"``: float32 whatever the parameter is.
-        stochastic_rounding: Round bfloat16 parameters up or down at random so that small updates are not lost.
-    """
-
-    maximize: bool
-    foreach: bool | None
-    compile: bool
-    capturable: bool
-    differentiable: bool
-    decay_1d: bool
-    state_dtype: Literal["param", "float32"]
-    stochastic_rounding: bool
-
-
-_SWITCH_DEFAULTS: Switches = {
-    "maximize": False,
-    "foreach": None,
-    "compile": False,
-    "capturable": False,
-    "differentiable": False,
-    "decay_1d": True,
-    "state_dtype": "param",
-    "stochastic_rounding": False,
-}
 
 
 class RuleOptimizer(Optimizer):
@@ -87,11 +51,11 @@ class RuleOptimizer(Optimizer):
     listed_devices: ClassVar[tuple[str, ...]] = ("cuda",)  # where `foreach=None` means lists for large parameters
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **switches: Unpack[Switches]) -> None:
-        unknown = set(switches) - set(_SWITCH_DEFAULTS)
+        unknown = set(switches) - set(SWITCH_DEFAULTS)
         if unknown:
             raise TypeError(f"{type(self).__name__} got an unexpected argument {sorted(unknown)[0]!r}")
         self._forget_plans()
-        super().__init__(params, {**defaults, **_SWITCH_DEFAULTS, **switches})
+        super().__init__(params, {**defaults, **SWITCH_DEFAULTS, **switches})
 
     # ---- what a subclass supplies -------------------------------------------------------------------------------
 
@@ -154,6 +118,7 @@ class RuleOptimizer(Optimizer):
         check_group(merged)
         self.check(merged)
         super().add_param_group(param_group)
+        check_params(self.param_groups[-1]["params"], type(self).__name__)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -373,7 +338,8 @@ class RuleOptimizer(Optimizer):
     def _run(self, group: Group, unit: Unit, h: Hyper, pool: Pool) -> None:
         """Update the parameters of a unit in place."""
         if self.noisy and h["noisy"]:
-            unit.draw(self.generator(unit.device))
+            eager = not group["compile"] and self.kind_of(group) != "tensor"
+            unit.draw(self.generator(unit.device), by_block=eager)
         if group["differentiable"]:
             run_differentiable(self.rule_for, group, unit, list(self.state_names(group)), h)
         elif unit.listed:

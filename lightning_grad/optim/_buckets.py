@@ -56,6 +56,7 @@ class Unit:
     is_complex: bool = False
     places: list[Place] = field(default_factory=list)  # of the members in flat tensors
     noise: list[Tensor] = field(default_factory=list)  # of this step
+    generator: torch.Generator | None = None  # of this step: noise is to be drawn block by block
     rows: tuple[Tensor, ...] = ()  # rowwise, several members: the member of each row, and the rows of each member
     version: int = 0
 
@@ -74,9 +75,18 @@ class Unit:
         """Forget the gradients, so that ``zero_grad(set_to_none=True)`` frees them."""
         self.grads = []
         self.noise = []
+        self.generator = None
 
-    def draw(self, generator: torch.Generator) -> None:
-        """Draw standard normal numbers for every member, in the order of its elements whatever its layout."""
+    def draw(self, generator: torch.Generator, by_block: bool) -> None:
+        """Draw standard normal numbers for every member, in the order of its elements whatever its layout.
+
+        Args:
+            generator: Where from.
+            by_block: If the order of the elements is that of the memory, leave it to whoever goes through the blocks.
+        """
+        if by_block and not (self.gathered or self.listed) and self.params[0].is_contiguous():
+            self.generator = generator
+            return
         shapes = [value.shape for value in self.params]
         numbers = [
             torch.randn(shape, generator=generator, dtype=self.compute_dtype, device=self.device) for shape in shapes

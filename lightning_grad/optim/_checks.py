@@ -1,9 +1,9 @@
-"""Checks of the hyperparameters of a parameter group, with one text per kind of mistake."""
+"""The switches that every rule optimizer has, and the checks of a parameter group, one text per kind of mistake."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,7 +13,43 @@ _LARGEST = 1e10
 _NON_NEGATIVE = {"eps", "weight_decay", "delta", "b0", "temperature", "lam", "v_init", "lipschitz", "smoothness"}
 _FRACTION_BELOW_ONE = {"momentum", "alpha"}
 _FRACTION = {"wd_ratio", "dampening"}
-_SWITCHES = ("maximize", "compile", "capturable", "differentiable", "decay_1d", "stochastic_rounding")
+_BOOLEANS = ("maximize", "compile", "capturable", "differentiable", "decay_1d", "stochastic_rounding")
+
+
+class Switches(TypedDict, total=False):
+    """Keyword-only switches that every rule optimizer has.
+
+    Args:
+        maximize: Ascend instead of descend.
+        foreach: ``None``: flat buckets; ``True``: lists (``torch._foreach_*``); ``False``: one tensor at a time.
+        compile: Run the rule through ``torch.compile``: slow first step, fastest afterwards.
+        capturable: Keep the step count and all scalars on the device, for CUDA graphs.
+        differentiable: Let autograd differentiate through the step.
+        decay_1d: If ``False``, tensors with at most one dimension get no weight decay.
+        state_dtype: ``"param"``: state has the parameter's dtype; ``"float32"``: float32 whatever the parameter is.
+        stochastic_rounding: Round bfloat16 parameters up or down at random so that small updates are not lost.
+    """
+
+    maximize: bool
+    foreach: bool | None
+    compile: bool
+    capturable: bool
+    differentiable: bool
+    decay_1d: bool
+    state_dtype: Literal["param", "float32"]
+    stochastic_rounding: bool
+
+
+SWITCH_DEFAULTS: Switches = {
+    "maximize": False,
+    "foreach": None,
+    "compile": False,
+    "capturable": False,
+    "differentiable": False,
+    "decay_1d": True,
+    "state_dtype": "param",
+    "stochastic_rounding": False,
+}
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -28,7 +64,7 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must lie in [0, 1), got {value}")
         elif name in _FRACTION and not (_is_number(value) and 0.0 <= value <= 1.0):
             raise ValueError(f"{name} must lie in [0, 1], got {value}")
-    for name in _SWITCHES:
+    for name in _BOOLEANS:
         if not isinstance(group[name], bool):
             raise ValueError(f"{name} must be True or False, got {group[name]!r}")
     if group["foreach"] not in (None, True, False):
@@ -39,6 +75,16 @@ def check_group(group: dict[str, Any]) -> None:
         for other in ("foreach", "compile", "capturable"):
             if group[other]:
                 raise ValueError(f"differentiable cannot be combined with {other}")
+
+
+def check_params(params: Any, owner: str) -> None:
+    """Refuse parameters that are shards of a larger tensor."""
+    for param in [params] if isinstance(params, Tensor) else params:
+        if hasattr(param, "to_local"):
+            raise NotImplementedError(
+                f"{owner} does not support DTensor parameters (FSDP2, tensor parallelism);"
+                " use DDP, or an optimizer of torch.optim for these parameters"
+            )
 
 
 def check_non_negative(name: str, value: Any) -> None:

@@ -72,7 +72,10 @@ def run_in_place(
         pool.reset()
         gradient = signed(gb.to(dtype), group, pool)
         state = {name: Buffer(t.to(dtype), pool=pool) for name, t in zip(names, states, strict=True)}
-        new_p, new_s = rule(Buffer(pb.to(dtype), pool=pool, own=True), gradient, state, h)
+        value = Buffer(pb.to(dtype), pool=pool, own=True)
+        if unit.generator is not None:
+            state["noise"] = Buffer(pool.take(value.tensor).normal_(generator=unit.generator), pool=pool)
+        new_p, new_s = rule(value, gradient, state, h)
         write(pb, new_p.tensor, group["stochastic_rounding"])
         for name, t in zip(names, states, strict=True):
             if name in new_s:

@@ -8,7 +8,8 @@ import torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_grad.optim._base import RuleOptimizer, Switches
+from lightning_grad.optim._base import RuleOptimizer
+from lightning_grad.optim._checks import Switches
 from lightning_grad.optim._executors import Group, Hyper, State
 from lightning_grad.optim._math import addcdiv, axpy, damped, ema, ema_of_square, spent
 

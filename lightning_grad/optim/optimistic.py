@@ -11,8 +11,8 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_grad._validate import check_choice
-from lightning_grad.optim._base import RuleOptimizer, Switches
-from lightning_grad.optim._checks import check_non_negative
+from lightning_grad.optim._base import RuleOptimizer
+from lightning_grad.optim._checks import Switches, check_non_negative
 from lightning_grad.optim._executors import Group, Hyper, State
 from lightning_grad.optim._math import axpy, ratio
 

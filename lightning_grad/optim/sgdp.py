@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Unpack
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_grad.optim._base import Switches
+from lightning_grad.optim._checks import Switches
 from lightning_grad.optim._executors import Group, Hyper, State
 from lightning_grad.optim._math import axpy, scale_add
 from lightning_grad.optim._projection import ProjectedOptimizer

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_grad.optim._base import Kind, RuleOptimizer, Switches
+from lightning_grad.optim._base import Kind, RuleOptimizer
 from lightning_grad.optim._buckets import LOW_PRECISION, Unit
-from lightning_grad.optim._checks import check_non_negative
+from lightning_grad.optim._checks import Switches, check_non_negative
 from lightning_grad.optim._executors import Group, Hyper, Rule, State
 from lightning_grad.optim._math import Pool, axpy, ema_of_square, scale_add
 
@@ -38,16 +38,18 @@ class _Langevin(RuleOptimizer):
         if isinstance(n_data, bool) or not isinstance(n_data, int) or n_data < 0:
             raise ValueError(f"n_data must be an integer >= 0, got {n_data!r}")
 
-    def _noise(self, group: Group) -> Hyper:
-        """Flags and the standard deviation of the noise per unit of ``sqrt(2 * lr)``."""
+    @override
+    def hyper(self, group: Group, step: Any) -> Hyper:
+        """``lr``, weight decay, and whether there is noise and its standard deviation ``sqrt(2 * lr * tau / N)``."""
         noisy = bool(group["temperature"] > 0.0)
         if noisy and not group["n_data"]:
             raise ValueError(
                 "n_data must be set: the noise scale depends on the dataset size"
                 " (pass n_data=..., or add the callback BindDataSize)"
             )
+        heat = group["temperature"] / group["n_data"] if noisy else 0.0
         return {
-            "noisy": noisy, "heat": group["temperature"] / group["n_data"] if noisy else 0.0,
+            "lr": group["lr"], "noisy": noisy, "std": (2.0 * group["lr"] * heat) ** 0.5,
             "decays": group["weight_decay"] != 0.0, "weight_decay": group["weight_decay"],
         }  # fmt: skip
 
@@ -130,7 +132,7 @@ class SGLD(_Langevin):
     Args:
         params: Parameters or parameter groups, as for :class:`torch.optim.Optimizer`.
         lr: Step size :math:`\eta`, >= 0.
-        n_data: Number of training samples N; 0: filled in by the callback ``BindDataSize``.
+        n_data: Number of training samples N; 0: filled in by the callback ``BindDataSize`` (``lightning-grad`` has it).
         temperature: :math:`\tau`, >= 0; 1 is the posterior, 0 is SGD.
         weight_decay: Adds ``weight_decay * p`` to the gradient, >= 0.
         seed: Seed of the noise; ``None``: the global seed.
@@ -179,8 +181,7 @@ class SGLD(_Langevin):
 
     @override
     def hyper(self, group: Group, step: Any) -> Hyper:
-        h = self._noise(group)
-        return {**h, "lr": group["lr"], "std": (2.0 * group["lr"] * h["heat"]) ** 0.5, "sphere": group["sphere"]}
+        return {**super().hyper(group, step), "sphere": group["sphere"]}
 
     @override
     def rule_for(self, param: Tensor, h: Hyper) -> Rule:
@@ -208,8 +209,7 @@ class SGLD(_Langevin):
     @override
     @staticmethod
     def rule(p: Any, g: Any, s: State, h: Hyper) -> tuple[Any, State]:
-        if h["decays"]:
-            g = axpy(g, p, h["weight_decay"])
+        g = _with_prior(p, g, h)
         if not h["sphere"]:
             p = axpy(p, g, -h["lr"])
             return (axpy(p, s["noise"], h["std"]) if h["noisy"] else p), {}
@@ -236,7 +236,7 @@ class PSGLD(_Langevin):
     Args:
         params: Parameters or parameter groups, as for :class:`torch.optim.Optimizer`.
         lr: Step size :math:`\eta`, >= 0.
-        n_data: Number of training samples N; 0: filled in by the callback ``BindDataSize``.
+        n_data: Number of training samples N; 0: filled in by the callback ``BindDataSize`` (``lightning-grad`` has it).
         temperature: :math:`\tau`, >= 0; 1 is the posterior, 0 is RMSprop.
         weight_decay: Adds ``weight_decay * p`` to the gradient, >= 0.
         seed: Seed of the noise; ``None``: the global seed.
@@ -287,17 +287,12 @@ class PSGLD(_Langevin):
 
     @override
     def hyper(self, group: Group, step: Any) -> Hyper:
-        h = self._noise(group)
-        return {
-            **h, "lr": group["lr"], "std": (2.0 * group["lr"] * h["heat"]) ** 0.5,
-            "alpha": group["alpha"], "lam": group["lam"],
-        }  # fmt: skip
+        return {**super().hyper(group, step), "alpha": group["alpha"], "lam": group["lam"]}
 
     @override
     @staticmethod
     def rule(p: Any, g: Any, s: State, h: Hyper) -> tuple[Any, State]:
-        if h["decays"]:
-            g = axpy(g, p, h["weight_decay"])
+        g = _with_prior(p, g, h)
         v = ema_of_square(s["square_avg"], g, h["alpha"])
         p = axpy(p, g / (v.sqrt() + h["lam"]), -h["lr"])
         if h["noisy"]:
@@ -314,7 +309,7 @@ class SGHMC(_Langevin):
     Args:
         params: Parameters or parameter groups, as for :class:`torch.optim.Optimizer`.
         lr: Step size :math:`\eta`, >= 0.
-        n_data: Number of training samples N; 0: filled in by the callback ``BindDataSize``.
+        n_data: Number of training samples N; 0: filled in by the callback ``BindDataSize`` (``lightning-grad`` has it).
         temperature: :math:`\tau`, >= 0; 1 is the posterior, 0 is SGD with momentum ``1 - friction``.
         weight_decay: Adds ``weight_decay * p`` to the gradient, >= 0.
         seed: Seed of the noise; ``None``: the global seed.
@@ -357,21 +352,22 @@ class SGHMC(_Langevin):
 
     @override
     def hyper(self, group: Group, step: Any) -> Hyper:
-        h = self._noise(group)
-        friction = group["friction"]
-        return {
-            **h, "lr": group["lr"], "std": (2.0 * friction * group["lr"] * h["heat"]) ** 0.5, "momentum": 1.0 - friction
-        }  # fmt: skip
+        h, friction = super().hyper(group, step), group["friction"]
+        return {**h, "std": h["std"] * friction**0.5, "momentum": 1.0 - friction}
 
     @override
     @staticmethod
     def rule(p: Any, g: Any, s: State, h: Hyper) -> tuple[Any, State]:
-        if h["decays"]:
-            g = axpy(g, p, h["weight_decay"])
+        g = _with_prior(p, g, h)
         v = scale_add(s["velocity"], h["momentum"], g, -h["lr"])
         if h["noisy"]:
             v = scale_add(v, 1.0, s["noise"], h["std"])
         return p + v, {"velocity": v}
+
+
+def _with_prior(p: Any, g: Any, h: Hyper) -> Any:
+    """The gradient with that of the prior."""
+    return axpy(g, p, h["weight_decay"]) if h["decays"] else g
 
 
 def _key(device: torch.device) -> str:
