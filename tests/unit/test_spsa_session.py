@@ -237,6 +237,38 @@ def test_no_gradient_is_ever_built():
     assert all(p.grad is None for p in session.module.parameters())
 
 
+@pytest.mark.parametrize(("directions", "steps"), [(64, 20), (1024, 8)])
+def test_many_directions_on_a_linear_model_are_sgd(directions, steps):
+    """Oracle 11, by a run: the step is the gradient step plus noise of trace (d - 1) |G|^2 / N, which N sends to zero.
+
+    The noise has covariance (|G|^2 I + G G' - 2 diag(G)^2) / N, eigenvalues at most 2 |G|^2 / N; so the sum over the
+    steps of |noise|^2 N / |G|^2 has mean steps (d - 1) and a standard deviation of at most twice the mean's root. Five
+    of those: false alarm below 1e-5. SGD runs beside it; noise in a contraction does not grow, and four times its mean
+    square is never reached by 39 coordinates (below 1e-9).
+    """
+    torch.manual_seed(0)
+    model, twin = (torch.nn.Linear(12, 3).double() for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    data = [t.double() for t in batches(1, size=64, inputs=12, outputs=3)[0]]
+    session = make_session(model, slots=directions, directions=directions, codec="f32")
+    sgd = torch.optim.SGD(twin.parameters(), lr=0.25)
+    count, total, allowed = 39, 0.0, 0.0
+    for _ in range(steps):
+        before = flat(model).clone()
+        gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss_of(model, data), model.parameters())])
+        session.measure(0, lambda: loss_of(model, data))
+        session.commit(session.record(session.payload(), 0.25, (0,)))
+        noise = (before - flat(model)) / 0.25 - gradient
+        total += float(noise.square().sum() * directions / gradient.square().sum())
+        allowed += 0.25**2 * float(gradient.square().sum()) * (count - 1) / directions
+        sgd.zero_grad()
+        loss_of(twin, data).backward()
+        sgd.step()
+    mean = steps * (count - 1)
+    assert abs(total - mean) < 5 * 2 * mean**0.5, (total, mean)
+    assert float((flat(model) - flat(twin)).square().sum()) < 4 * allowed
+
+
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak-memory reset")
 def test_peak_memory_of_passes_is_a_few_chunks():
     """Oracle 15: over the parameters themselves, 16 MiB and two chunks per direction."""
