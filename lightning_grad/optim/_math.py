@@ -6,13 +6,16 @@ fresh temporaries (:class:`Buffer`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Scalar = float | Tensor
+TINY = torch.finfo(torch.float32).tiny
+_LANES = 16  # numbers in the widest vector of a CPU
+_ENDLESS = torch.tensor(torch.inf, device="cpu")
 
 
 class TensorList:
@@ -179,7 +182,9 @@ def addcmul(y: Any, a: Any, b: Any, c: Scalar) -> Any:
 
 
 def addcdiv(y: Any, a: Any, b: Any, c: Scalar) -> Any:
-    """``y + c * a / b``."""
+    """``y + c * a / b``; ``None`` for ``b`` is 1."""
+    if b is None:
+        return axpy(y, a, c)
     return y + (borrowed(a) * c) / b if isinstance(c, Tensor) else y.addcdiv(a, b, value=c)
 
 
@@ -198,11 +203,11 @@ def spent(state: Any) -> Any:
     return Buffer(state.tensor, state.pool, own=True) if isinstance(state, Buffer) else state
 
 
-def damped(m: Any, x: Any, denominator: Any) -> tuple[Any, Any]:
-    """Numerator and denominator of ``sigmoid(x) * m / denominator``, for ``x >= 0``."""
-    if isinstance(m, Tensor):  # compiled, one division and one exponential are cheaper than a sigmoid
-        return m, denominator * ((-x).exp() + 1.0)
-    return x.sigmoid() * m, denominator
+def damped(x: Any, numerator: Any, denominator: Any) -> tuple[Any, Any]:
+    """The fraction times ``sigmoid(x)``, for ``x >= 0``."""
+    if isinstance(x, Tensor):  # compiled, one division and one exponential are cheaper than a sigmoid
+        return numerator, denominator * ((-x).exp() + 1.0)
+    return x.sigmoid() * numerator, denominator
 
 
 def ema_of_square(average: Any, x: Any, beta: Scalar) -> Any:
@@ -215,6 +220,55 @@ def ema_of_square(average: Any, x: Any, beta: Scalar) -> Any:
             average.tensor.addcmul_(x.tensor, x.tensor, value=1.0 - beta)
         return average
     return addcmul(average * beta, x, x, 1.0 - beta)
+
+
+def adam(s: Mapping[str, Any], g: Any, h: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
+    """Adam's averages after the gradient ``g``, and ``exp_avg / (sqrt(exp_avg_sq) + eps)``.
+
+    Args:
+        s: ``exp_avg``, ``exp_avg_sq``; the old values are gone afterwards.
+        g: The gradient.
+        h: ``beta1``, ``beta2``, ``eps``, and the flag ``guard``: ``eps`` may be 0, and 0 / 0 counts as 0.
+
+    Returns:
+        The averages; the numerator; the denominator, or ``None`` if the numerator is the quotient.
+    """
+    m, v, eps = s["exp_avg"], s["exp_avg_sq"], h["eps"]
+    if isinstance(m, Buffer) and m.tensor.device.type == "cpu" and not (h["guard"] or isinstance(eps, Tensor)):
+        quotient = m.pool.take(m.tensor)
+        adam_in_one_pass(quotient, g.tensor, m.tensor, v.tensor, h["beta1"], h["beta2"], eps)
+        return {"exp_avg": m, "exp_avg_sq": v}, Buffer(quotient, m.pool, True), None
+    m, v = ema(m, g, h["beta1"]), ema_of_square(v, g, h["beta2"])
+    denominator = v.sqrt() + eps
+    return {"exp_avg": m, "exp_avg_sq": v}, m, denominator.clamp_min(TINY) if h["guard"] else denominator
+
+
+def adam_in_one_pass(u: Tensor, g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float, eps: float) -> None:
+    """Update the averages ``m`` and ``v`` in place and set ``u`` to ``m / (sqrt(v) + eps)``; contiguous, on CPU.
+
+    By the kernel of ``torch.optim.AdamW(fused=True)``: one pass over memory, not seven. It makes a step from zero with
+    learning rate -1, as the infinitely many-th step, whose bias corrections are 1.
+    """
+    flat = [t.view(-1) for t in (u.zero_(), g, m, v)]
+    rest = u.numel() % _LANES
+    if rest:  # the kernel rounds otherwise where it does not fill a vector: what a number becomes must not depend on it
+        ends = [t[-rest:] for t in flat]
+        padded = list(u.new_zeros(4, _LANES))
+        for whole, end in zip(padded, ends, strict=True):
+            whole[:rest] = end
+        _adam_kernel(padded, beta1, beta2, eps)
+        for index in (0, 2, 3):
+            ends[index].copy_(padded[index][:rest])
+        flat = [t[:-rest] for t in flat]
+    _adam_kernel(flat, beta1, beta2, eps)
+
+
+def _adam_kernel(tensors: list[Tensor], beta1: float, beta2: float, eps: float) -> None:
+    u, g, m, v = ([t] for t in tensors)
+    torch._fused_adamw_(
+        u, g, m, v, [], [_ENDLESS], lr=-1.0, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
 
 
 def scale_add(state: Any, factor: Scalar, x: Any, a: Scalar) -> Any:

@@ -48,16 +48,21 @@ class ProjectedOptimizer(RuleOptimizer):
         raise NotImplementedError
 
     @classmethod
+    def move(cls, g: Any, s: State, h: Hyper) -> tuple[State, Any]:
+        """The new state and the update ``u``."""
+        new_s = cls.advance(g, s, h)
+        return new_s, cls.direction(g, {**s, **new_s}, h)
+
+    @classmethod
     def _plain(cls, p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[Tensor, State]:
         """Without projection: vectors, and ``delta=0``."""
-        new_s = cls.advance(g, s, h)
-        return axpy(p * (1.0 - h["decay"]), cls.direction(g, {**s, **new_s}, h), -h["step_size"]), new_s
+        new_s, u = cls.move(g, s, h)
+        return axpy(p * (1.0 - h["decay"]), u, -h["step_size"]), new_s
 
     @classmethod
     def _projected(cls, p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[Tensor, State]:
         """With projection, for rows ``p`` (R, C) of one tensor, or of several if ``h["rows"]`` tells which."""
-        new_s = cls.advance(g, s, h)
-        u = cls.direction(g, {**s, **new_s}, h)
+        new_s, u = cls.move(g, s, h)
         keep = cls._factor(p, g, u, h)
         return axpy(p * keep[:, None], u, -h["step_size"]), new_s
 
@@ -65,8 +70,8 @@ class ProjectedOptimizer(RuleOptimizer):
     def _first_pass(cls, p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[None, State]:
         """State and row factors."""
         state = {name: value for name, value in s.items() if name != "keep"}
-        new_s = cls.advance(g, state, h)
-        return None, {**new_s, "keep": cls._factor(p, g, cls.direction(g, {**state, **new_s}, h), h)}
+        new_s, u = cls.move(g, state, h)
+        return None, {**new_s, "keep": cls._factor(p, g, u, h)}
 
     @classmethod
     def _second_pass(cls, p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[Tensor, State]:
@@ -147,8 +152,7 @@ class ProjectedOptimizer(RuleOptimizer):
     def _along_rows(cls, p: Buffer, g: Buffer, s: State, h: Hyper) -> tuple[Any, State]:
         """A block of rows of a weight that is scale invariant by its rows."""
         norm, state = s["norm"].tensor, {name: value for name, value in s.items() if name != "norm"}
-        new_s = cls.advance(g, state, h)
-        u = cls.direction(g, {**state, **new_s}, h)
+        new_s, u = cls.move(g, state, h)
         square = (norm + h["eps_row"]).square_().clamp_min_(torch.finfo(norm.dtype).tiny)
         keep = _row_dots(p.tensor, u.tensor, p.pool).div_(square).mul_(h["step_size"]).add_(1.0 - h["decay"])
         return axpy(p * keep[:, None], u, -h["step_size"]), new_s
@@ -165,10 +169,9 @@ class ProjectedOptimizer(RuleOptimizer):
             pool.reset()
             value, gradient = pb.to(dtype), signed(gb.to(dtype), group, pool)
             state: State = {name: Buffer(t.to(dtype), pool) for name, t in zip(names, states, strict=True)}
-            state |= self.advance(gradient, state, h)
+            new_s, u = self.move(gradient, state, h)
             for name, t in zip(names, states, strict=True):
-                write(t, state[name].tensor)
-            u: Buffer = self.direction(gradient, state, h)
+                write(t, {**state, **new_s}[name].tensor)
             products = [(value, gradient.tensor), (gradient.tensor,) * 2, (value, value), (value, u.tensor)]
             sums.append(RowSums(*(_row_dots(a, b, pool) for a, b in products)))
         whole = RowSums(*(torch.cat(column) for column in zip(*sums, strict=True))) if len(sums) > 1 else sums[0]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Unpack
 
-import torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_grad.optim._checks import Switches
 from lightning_grad.optim._executors import Group, Hyper, State
-from lightning_grad.optim._math import axpy, ema, ema_of_square
+from lightning_grad.optim._math import TINY, adam, axpy, ema, ema_of_square
 from lightning_grad.optim._projection import ProjectedOptimizer
-
-_TINY = torch.finfo(torch.float32).tiny
 
 
 class AdamP(ProjectedOptimizer):
@@ -80,7 +77,7 @@ class AdamP(ProjectedOptimizer):
             "step_size": group["lr"] * root / (1.0 - beta1**step), "eps": group["eps"] * root,
             "decay": group["lr"] * group["weight_decay"], "eps_row": group["eps"],
             "delta": group["delta"], "wd_ratio": group["wd_ratio"],
-            "projects": group["delta"] > 0.0, "nesterov": group["nesterov"], "guard": group["eps"] < _TINY,
+            "projects": group["delta"] > 0.0, "nesterov": group["nesterov"], "guard": group["eps"] < TINY,
         }  # fmt: skip
 
     @override
@@ -92,10 +89,18 @@ class AdamP(ProjectedOptimizer):
         }
 
     @override
+    @classmethod
+    def move(cls, g: Any, s: State, h: Hyper) -> tuple[State, Any]:
+        if h["nesterov"]:
+            return super().move(g, s, h)
+        averages, m, denominator = adam(s, g, h)
+        return averages, m if denominator is None else m / denominator
+
+    @override
     @staticmethod
     def direction(g: Any, s: State, h: Hyper) -> Any:
         denominator = s["exp_avg_sq"].sqrt() + h["eps"]
         if h["guard"]:  # 0 / 0 counts as 0
-            denominator = denominator.clamp_min(_TINY)
+            denominator = denominator.clamp_min(TINY)
         m = axpy(s["exp_avg"] * h["beta1"], g, 1.0 - h["beta1"]) if h["nesterov"] else s["exp_avg"]
         return m / denominator

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Unpack
 
-import torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_grad.optim._base import RuleOptimizer
 from lightning_grad.optim._checks import Switches
 from lightning_grad.optim._executors import Group, Hyper, State
-from lightning_grad.optim._math import addcdiv, axpy, damped, ema, ema_of_square, spent
-
-_TINY = torch.finfo(torch.float32).tiny
+from lightning_grad.optim._math import TINY, adam, addcdiv, axpy, damped, spent
 
 
 class DiffGrad(RuleOptimizer):
@@ -77,7 +74,7 @@ class DiffGrad(RuleOptimizer):
             "weight_decay": group["weight_decay"], "keep": 1.0 - group["lr"] * group["weight_decay"],
             "coupled": decays and not group["decoupled_weight_decay"],
             "decoupled": decays and group["decoupled_weight_decay"],
-            "guard": group["eps"] < _TINY,
+            "guard": group["eps"] < TINY,
         }  # fmt: skip
 
     @override
@@ -87,11 +84,7 @@ class DiffGrad(RuleOptimizer):
             g = axpy(g, p, h["weight_decay"])
         if h["decoupled"]:
             p = p * h["keep"]
-        m = ema(s["exp_avg"], g, h["beta1"])
-        v = ema_of_square(s["exp_avg_sq"], g, h["beta2"])
-        denominator = v.sqrt() + h["eps"]
-        if h["guard"]:  # 0 / 0 counts as 0
-            denominator = denominator.clamp_min(_TINY)
+        averages, *fraction = adam(s, g, h)
         change = (spent(s["previous_grad"]) - g).abs()
-        p = addcdiv(p, *damped(m, change, denominator), -h["step_size"])
-        return p, {"exp_avg": m, "exp_avg_sq": v, "previous_grad": g}
+        p = addcdiv(p, *damped(change, *fraction), -h["step_size"])
+        return p, {**averages, "previous_grad": g}

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Unpack
 
-import torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_grad.optim._base import RuleOptimizer
 from lightning_grad.optim._checks import Switches
 from lightning_grad.optim._executors import Group, Hyper, State
-from lightning_grad.optim._math import axpy, ema, ema_of_square
-
-_TINY = torch.finfo(torch.float32).tiny
+from lightning_grad.optim._math import TINY, adam, axpy
 
 
 class OptimisticAdam(RuleOptimizer):
@@ -62,7 +59,7 @@ class OptimisticAdam(RuleOptimizer):
             # mhat / (sqrt(vhat) + eps) = root / (1 - beta1^t) * m / (sqrt(v) + eps * root)
             "unbias": root / (1.0 - beta1**step), "eps": group["eps"] * root,
             "keep": 1.0 - group["lr"] * group["weight_decay"],
-            "decays": group["weight_decay"] != 0.0, "guard": group["eps"] < _TINY,
+            "decays": group["weight_decay"] != 0.0, "guard": group["eps"] < TINY,
         }  # fmt: skip
 
     @override
@@ -70,11 +67,7 @@ class OptimisticAdam(RuleOptimizer):
     def rule(p: Any, g: Any, s: State, h: Hyper) -> tuple[Any, State]:
         if h["decays"]:
             p = p * h["keep"]
-        m = ema(s["exp_avg"], g, h["beta1"])
-        v = ema_of_square(s["exp_avg_sq"], g, h["beta2"])
-        denominator = v.sqrt() + h["eps"]
-        if h["guard"]:  # 0 / 0 counts as 0
-            denominator = denominator.clamp_min(_TINY)
-        u = m / denominator * h["unbias"]
+        averages, m, denominator = adam(s, g, h)
+        u = (m if denominator is None else m / denominator) * h["unbias"]
         p = axpy(axpy(p, u, -2.0 * h["lr"]), s["previous_update"], h["lr"])
-        return p, {"exp_avg": m, "exp_avg_sq": v, "previous_update": u}
+        return p, {**averages, "previous_update": u}

@@ -42,6 +42,33 @@ def test_layout_does_not_change_the_result(case: Case, mode: str) -> None:
 
 
 @every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_a_number_becomes_does_not_depend_on_its_place(case: Case, dtype: torch.dtype) -> None:
+    if not case.elementwise:
+        pytest.skip("the update of an element depends on others")
+    # in buckets, at the ends of vectors, and in a tensor of two blocks
+    shapes = [(5,), (37,), (3, 11), (1,), (16,), (1003,), (262144 + 37,)]
+    together, alone = make_params(dtype, shapes), make_params(dtype, shapes)
+    run(case.cls(together, **case.kwargs[0]), together, range(3))
+    optimizers = [case.cls([p], **case.kwargs[0], foreach=False) for p in alone]
+    for step in range(3):
+        for index, (p, optimizer) in enumerate(zip(alone, optimizers, strict=True)):
+            p.grad = gradient(step, index, p)
+            optimizer.step()
+    assert all_equal(together, alone)
+    # a part of a tensor, starting where a vector does not
+    whole, part = make_params(dtype, [(1003,)]), [make_params(dtype, [(1003,)])[0].detach()[501:].clone()]
+    part[0].requires_grad_()
+    optimizers = [case.cls(whole, **case.kwargs[0]), case.cls(part, **case.kwargs[0])]
+    for step in range(3):
+        whole[0].grad = gradient(step, 0, whole[0])
+        part[0].grad = whole[0].grad[501:].clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(whole[0][501:], part[0])
+
+
+@every
 @every_mode
 def test_empty_parameters_are_passed_over(case: Case, mode: str) -> None:
     params = [*make_params(shapes=[(3,), (0, 4), (0,)])]
