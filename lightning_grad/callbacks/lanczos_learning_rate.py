@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_grad._validate import check_choice, check_int, check_range
@@ -26,7 +27,7 @@ from lightning_grad.callbacks._spectrum import log_spectrum, require_figures
 from lightning_grad.callbacks._tensorboard import Charts, log_scalars
 from lightning_grad.statistics.curvature import Mode
 from lightning_grad.statistics.curvature_lanczos import Spectrum, spectrum
-from lightning_grad.statistics.stability import curvature_lr, heavy_ball, smoothed_lr
+from lightning_grad.statistics.stability import curvature_lr, growth_limit, heavy_ball, smoothed_lr
 
 Mu = float | Literal["abs_min", "smallest_positive"]
 
@@ -49,6 +50,12 @@ class LanczosLearningRate(OwnsLearningRate):
     counts only as the scheduler's factor. For Adam and AdamW, with ``preconditioned=True``, the eigenvalue is that of
     the preconditioned Hessian and the steps are :math:`1/(1 - \beta_1)` times larger.
 
+    These rules are for convex quadratics. A network at the start is none: its smallest eigenvalue is about
+    :math:`-L`, and :math:`L` grows tenfold within a few steps. So there are three safeguards, on by default:
+    ``max_growth`` bounds the step by the most negative eigenvalue too, ``early`` measures 1, 3, 7, 15, ... steps after
+    the first time, and a learning rate that must fall does so at once. ``max_growth: null, early: false,
+    smooth_falls: true`` is the plain rule.
+
     Tags: ``curvature/lambda_max``, ``curvature/lambda_min``, ``curvature/trace``, ``curvature/mu``,
     ``curvature/lr_star``, ``curvature/lr_applied``, ``curvature/momentum``, ``curvature/negative_mass``,
     ``curvature/skipped``, the histogram ``curvature/spectrum`` and the figure ``curvature/density``.
@@ -66,6 +73,10 @@ class LanczosLearningRate(OwnsLearningRate):
             about the rest of the trace over their number.
         ema: Weight of the old learning rate in the average of logarithms, in [0, 1).
         max_change: Largest factor from one measurement to the next, > 1.
+        smooth_falls: Whether ``ema`` and ``max_change`` hold for a falling learning rate too.
+        max_growth: Largest growth per step of a displacement along the most negative curvature, > 1
+            (:func:`lightning_grad.statistics.stability.growth_limit`); ``None``: no such limit.
+        early: Also measure 1, 3, 7, ... steps after the first measurement, until ``every_n_steps``.
         lr_bounds: Smallest and largest learning rate.
         preconditioned: Needed for Adam and AdamW.
         probe: ``"current"`` measures on the batch at hand, ``"fixed"`` on the first ones of the run (one process).
@@ -99,6 +110,9 @@ class LanczosLearningRate(OwnsLearningRate):
         correct_batch: bool = False,
         ema: float = 0.5,
         max_change: float = 2.0,
+        smooth_falls: bool = False,
+        max_growth: float | None = 1.2,
+        early: bool = True,
         lr_bounds: tuple[float, float] = (1e-8, 1e2),
         preconditioned: bool = False,
         probe: Literal["current", "fixed"] = "current",
@@ -123,6 +137,8 @@ class LanczosLearningRate(OwnsLearningRate):
         self.correct_batch = correct_batch
         self.ema = check_range("ema", ema, 0.0, 1.0, "[)")
         self.max_change = check_range("max_change", max_change, 1.0, math.inf, "()")
+        self.smooth_falls, self.early = smooth_falls, early
+        self.max_growth = None if max_growth is None else check_range("max_growth", max_growth, 1.0, math.inf, "()")
         low, high = lr_bounds
         check_range("lr_bounds[0]", low, 0.0, math.inf, "()")
         check_range("lr_bounds[1]", high, low, math.inf, "[)")
@@ -145,6 +161,7 @@ class LanczosLearningRate(OwnsLearningRate):
         self._pending: dict[str, float] = {}
         self._owed = False
         self._skipped = 0
+        self._warned = False
         self._fixed: list[Any] = []
         self._handle: Any = None
 
@@ -246,14 +263,18 @@ class LanczosLearningRate(OwnsLearningRate):
             self._fixed.append(batch)
         if not first_of_window(trainer, batch_idx):
             return
-        step = trainer.global_step
-        self._owed |= step >= self.warmup_steps and (step - self.warmup_steps) % self.every_n_steps == 0
+        self._owed |= self._is_due(trainer.global_step - self.warmup_steps)
         ready = bool(trainer.optimizers[0].state) or not self.preconditioned  # Adam has no second moments at step 0
         if self.probe == "fixed":
             ready = ready and len(self._fixed) == self.probe_batches
         if self._owed and ready:
             self._owed = False
             self._measure(trainer, pl_module, batch)
+
+    def _is_due(self, step: int) -> bool:
+        if self.early and 0 <= step < self.every_n_steps:
+            return step & (step + 1) == 0  # 0, 1, 3, 7, ...
+        return step >= 0 and step % self.every_n_steps == 0
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         batches = [batch]
@@ -273,6 +294,7 @@ class LanczosLearningRate(OwnsLearningRate):
                 )
         except FloatingPointError:
             self._skip()
+            self._warn(trainer.global_step)
             return
         if found.largest <= 0.0:
             self._skip()
@@ -283,12 +305,13 @@ class LanczosLearningRate(OwnsLearningRate):
             rest = max(0.0, found.trace - found.largest)
             largest = max(0.0, largest - rest / measured_on) + rest / samples_per_step(trainer, batch)
         # one decision for all processes, whatever their rounding
-        largest, mu = trainer.strategy.broadcast((largest, self._smallest(found, largest)))
-        self._decide(trainer.optimizers[0], largest, mu)
+        seen = (largest, found.smallest, self._smallest(found, largest))
+        largest, smallest, mu = trainer.strategy.broadcast(seen)
+        self._decide(trainer.optimizers[0], largest, smallest, mu)
         share_critical_batch(trainer, found.trace, found.largest)
         self._measured |= {
             "curvature/lambda_max": largest,
-            "curvature/lambda_min": found.smallest,
+            "curvature/lambda_min": smallest,
             "curvature/trace": found.trace,
             "curvature/mu": mu,
             "curvature/negative_mass": found.negative_mass,
@@ -302,6 +325,15 @@ class LanczosLearningRate(OwnsLearningRate):
         self._skipped += 1
         self._pending["curvature/skipped"] = float(self._skipped)
 
+    def _warn(self, step: int) -> None:
+        if not self._warned:
+            self._warned = True
+            kept = "the optimizer's own" if self._lr is None else f"at {self._lr:.3g}"
+            rank_zero_warn(
+                f"LanczosLearningRate: the curvature at step {step} is not finite; the learning rate stays {kept}."
+                " If the loss is not finite either, the run has diverged: lower `safety` or `max_growth`."
+            )
+
     def _smallest(self, found: Spectrum, largest: float) -> float:
         if not isinstance(self.mu, str):
             mu = self.mu
@@ -311,7 +343,7 @@ class LanczosLearningRate(OwnsLearningRate):
             mu = float(found.values[found.values > 1e-3 * found.largest].min())
         return min(mu, largest)
 
-    def _decide(self, optimizer: Optimizer, largest: float, mu: float) -> None:
+    def _decide(self, optimizer: Optimizer, largest: float, smallest: float, mu: float) -> None:
         beta = momentum_of(optimizer)
         if self.momentum == "set":
             star, beta = heavy_ball(largest, mu)
@@ -322,9 +354,12 @@ class LanczosLearningRate(OwnsLearningRate):
         else:
             nesterov = any(group.get("nesterov") for group in optimizer.param_groups)
             star = curvature_lr(largest, beta, self.rule, nesterov)
-        if is_adam(optimizer) and self.rule != "inverse":
-            star /= 1.0 - beta  # Adam averages gradients where the heavy ball adds them up
-        self._lr = smoothed_lr(self._lr, self.safety * star, self.ema, self.max_change, self.lr_bounds)
+        limit = math.inf if self.max_growth is None else growth_limit(smallest, beta, self.max_growth)
+        if is_adam(optimizer):  # it averages gradients where the heavy ball adds them up
+            limit /= 1.0 - beta
+            star /= 1.0 if self.rule == "inverse" else 1.0 - beta
+        wanted = min(self.safety * star, limit)
+        self._lr = smoothed_lr(self._lr, wanted, self.ema, self.max_change, self.lr_bounds, self.smooth_falls)
         self._measured |= {"curvature/lr_star": star, "curvature/momentum": beta}
 
     def _log(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:

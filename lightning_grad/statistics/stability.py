@@ -60,9 +60,35 @@ def heavy_ball(largest: float, mu: float) -> tuple[float, float]:
     return (2.0 / (a + b)) ** 2, ((a - b) / (a + b)) ** 2
 
 
-def smoothed_lr(old: float | None, new: float, ema: float, max_change: float, bounds: tuple[float, float]) -> float:
-    """Return the next learning rate: an average of logarithms, at most ``max_change`` times away, within ``bounds``."""
-    if old is not None:
+def growth_limit(smallest: float, momentum: float = 0.0, growth: float = 1.2) -> float:
+    r"""Return the learning rate at which heavy ball multiplies a displacement by ``growth`` per step.
+
+    Along an eigenvector of eigenvalue :math:`-m < 0` the displacement grows by the larger root of
+    :math:`r^2 - (1 + \beta + \eta m) r + \beta`, so a growth of :math:`r` takes
+
+    .. math:: \eta = \frac{(r - 1)(r - \beta)}{r\, m},
+
+    ``inf`` if ``smallest`` is not negative. The rules that look at the largest eigenvalue know nothing of this: at
+    :math:`m = L` and :math:`\beta = 0.9`, half of Polyak's step grows 3.5 times per step.
+    """
+    check_range("momentum", momentum, 0.0, 1.0, "[)")
+    check_range("growth", growth, 1.0, math.inf, "()")
+    return (growth - 1.0) * (growth - momentum) / (growth * -smallest) if smallest < 0.0 else math.inf
+
+
+def smoothed_lr(
+    old: float | None,
+    new: float,
+    ema: float,
+    max_change: float,
+    bounds: tuple[float, float],
+    smooth_falls: bool = True,
+) -> float:
+    """Return the next learning rate: an average of logarithms, at most ``max_change`` times away, within ``bounds``.
+
+    Without ``smooth_falls`` a smaller value counts at once and in full.
+    """
+    if old is not None and (smooth_falls or new > old):
         change = (1.0 - ema) * math.log(new / old)
         limit = math.log(max_change)
         new = old * math.exp(min(max(change, -limit), limit))

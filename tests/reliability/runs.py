@@ -145,11 +145,7 @@ CASES = [
     Case(
         "lanczos_learning_rate",
         optimizer=lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.5),
-        callbacks=lambda: [
-            LanczosLearningRate(
-                every_n_steps=3, k=2, probe="fixed", probe_batches=2, momentum="set", lr_bounds=(1e-4, 0.05)
-            )
-        ],
+        callbacks=lambda: [LanczosLearningRate(every_n_steps=3, k=10, probe="fixed", probe_batches=2, momentum="set")],
         trainer=lambda: {"accumulate_grad_batches": 2},
     ),
     Case(
