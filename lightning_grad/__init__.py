@@ -46,7 +46,7 @@ from lightning_grad.optim import (
 )
 from lightning_grad.optim.groups import param_groups
 from lightning_grad.precision import NVFP4FSDPPrecision, NVFP4Precision
-from lightning_grad.sampling import RolloutDataModule
+from lightning_grad.sampling import CausalLMSamplingModule, JSONLPrompts, RolloutDataModule
 from lightning_grad.strategies import ElasticSPSAStrategy, SharedSeedSPSAStrategy
 
 __version__ = "0.1.0.dev0"
@@ -64,6 +64,7 @@ __all__ = [
     "AugmentedInnerProductTest",
     "BatchSizeLRScaler",
     "BindDataSize",
+    "CausalLMSamplingModule",
     "ChecksumCheckpointIO",
     "CooldownLR",
     "CoordinateNormTest",
@@ -73,6 +74,7 @@ __all__ = [
     "InnerProductTest",
     "InverseSqrtLR",
     "IterateAveraging",
+    "JSONLPrompts",
     "LanczosLearningRate",
     "LinearDecayLR",
     "LossNormalizedLR",

@@ -53,13 +53,14 @@ def score_norms(
 
 @torch.no_grad()
 def _by_head(module: Any, rollouts: RolloutBatch, kind: GradNorm) -> Iterator[Tensor]:
-    start, size = 0, _FIRST_CHUNK
+    length, vocabulary = rollouts.completion_ids.shape[1], getattr(module, "vocab_size", None)
+    start, size = 0, _FIRST_CHUNK if vocabulary is None else _chunk(length, vocabulary)
     while start < len(rollouts):
         part = rollouts.rows(slice(start, start + size))
         hidden, logits = module.hidden_and_logits(part)
         start += size
         # the vocabulary is known only now
-        size = max(1, _CHUNK_BYTES // (4 * logits.shape[1] * logits.shape[2]))
+        size = _chunk(logits.shape[1], logits.shape[2])
         norms = head_grad_norm(
             hidden,
             logits,
@@ -70,6 +71,10 @@ def _by_head(module: Any, rollouts: RolloutBatch, kind: GradNorm) -> Iterator[Te
             generator=torch.Generator().manual_seed(0),
         )
         yield norms.double().cpu()
+
+
+def _chunk(length: int, vocabulary: int) -> int:
+    return max(1, _CHUNK_BYTES // (4 * length * vocabulary))
 
 
 def _parameters(module: Any, names: tuple[str, ...] | None) -> list[Tensor]:

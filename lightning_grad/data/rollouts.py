@@ -127,6 +127,27 @@ def weighted_policy_loss(logprob_sum: Tensor, batch: Mapping[str, Any]) -> Tenso
     return loss
 
 
+def clipped_policy_loss(logprob: Tensor, batch: Mapping[str, Any], clip: float) -> Tensor:
+    r"""The loss for samples of an older policy: :math:`-\sum_j v_j \sum_t \min(r_{jt} c_j, \bar r_{jt} c_j)`.
+
+    :math:`r` is the ratio of the token's probability to that when it was sampled, :math:`\bar r` the same within
+    ``1 - clip`` and ``1 + clip``. While the policy is the sampling one its gradient is that of
+    :func:`weighted_policy_loss`.
+
+    Args:
+        logprob: Log-probability of each token under the current policy, ``[n, R]``.
+        batch: As the loader gives it; ``logprob`` is that of the sampling policy.
+        clip: In (0, 1).
+    """
+    weight, advantage = batch["weight"], batch["advantage"]
+    mask = batch["completion_mask"].bool() & (weight * advantage != 0)[:, None]
+    ratio = torch.where(mask, logprob - batch["logprob"], 0.0).exp()
+    advantage = advantage.to(logprob.dtype)[:, None]
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    loss: Tensor = -(weight.to(logprob.dtype) * torch.where(mask, gain, 0.0).sum(1)).sum()
+    return loss
+
+
 class RolloutLoader:
     """Gives the samples of an iteration as ``steps_per_iteration`` micro-batches.
 
