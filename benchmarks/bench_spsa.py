@@ -18,6 +18,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -247,6 +248,59 @@ def _member(rank: int, size: int, payload: int, steps: int, port: int) -> None:
     dist.destroy_process_group()
 
 
+def _serve(port: int) -> None:
+    from lightning_grad.spsa.store import Store
+
+    server = Store(f"127.0.0.1:{port}", "bench", serve=True)
+    time.sleep(600)
+    del server
+
+
+def _elastic_member(rank: int, size: int, slots: int, steps: int, pause_s: float, port: int) -> None:
+    from lightning_grad.spsa.auth import Authenticator
+    from lightning_grad.spsa.elastic import ElasticOptions, ElasticWorker, Schedule
+    from lightning_grad.spsa.store import Store
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    net = nn.Linear(8, 1)
+    x = torch.randn(4, 8)
+    session = Session(Options(check_interval=0, directions=slots), net, slots, "bench")
+    store = Store(f"127.0.0.1:{port}", "bench")
+    options = ElasticOptions(min_workers=size)
+    worker = ElasticWorker(store, session, Schedule(1e-3, steps), options, Authenticator("bench", b"k" * 16))
+    worker.join()
+    before = 0
+    while worker.prepare():
+        if worker.step == steps // 5:
+            before = _loopback()
+        time.sleep(pause_s * (1 + worker.worker / 4))  # workers are never equally fast: the others poll
+        session.measure(worker.worker, lambda: net(x).square().mean())
+        worker.finish()
+    if rank == 0:
+        per_step = (_loopback() - before) / (steps - steps // 5) / size
+        title = f"elastic, {size} workers, {slots:3d} bytes each, about {pause_s * 1000:3.0f} ms a step"
+        print(f"{title}: {per_step:7.0f} bytes per worker and step on the interface", flush=True)
+
+
+def elastic_wire(sizes: tuple[int, ...] = (2, 4), slots: tuple[int, ...] = (1, 16)) -> None:
+    """The same for the elastic store: authenticated messages; the server's own journal keeping not counted."""
+    fork = multiprocessing.get_context("fork")
+    for number, (size, k, pause_s) in enumerate((n, k, p) for n in sizes for k in slots for p in (0.02, 0.2)):
+        port = 29700 + number
+        server = fork.Process(target=_serve, args=(port,), daemon=True)
+        server.start()
+        members = [
+            fork.Process(target=_elastic_member, args=(r, size, k, 60, pause_s, port), daemon=True) for r in range(size)
+        ]
+        for member in members:
+            member.start()
+        for member in members:
+            member.join()
+        server.kill()
+        server.join()
+
+
 def wire(payloads: tuple[int, ...] = (1, 16, 256)) -> None:
     """Bytes on a loopback that nobody else uses."""
     if os.environ.get("SPSA_BENCH_NAMESPACE") != "1":
@@ -263,6 +317,9 @@ def wire(payloads: tuple[int, ...] = (1, 16, 256)) -> None:
             member.start()
         for member in members:
             member.join()
+    if len(payloads) > 1:
+        print("\nbytes on the wire, elastic store")
+        elastic_wire()
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,9 +189,10 @@ class Child:
         return result
 
 
-def start_store_command(port: int, journal: Path) -> Any:
+def start_store_command(port: int, journal: Path, also: Sequence[Path] = ()) -> Any:
     """`lightning-grad spsa store` in a process of its own."""
     words = ["store", "--port", str(port), "--run-id", RUN, "--journal", str(journal), "--until-finished"]
+    words += ["--also", *map(str, also)] if also else []
     process = FORK.Process(target=commands.main, args=(words,), daemon=True)
     process.start()
     return process

@@ -51,6 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=29777)
     serve.add_argument("--run-id", help="name of the run; not needed with an existing journal")
     serve.add_argument("--journal", type=Path, help="file to keep; an existing one starts the run again where it ends")
+    serve.add_argument(
+        "--also",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="journals of workers: a store that was killed may be some records behind them; the longest is continued",
+    )
     serve.add_argument("--auth-key-env", default="LIGHTNING_GRAD_SPSA_KEY", help="environment variable with the key")
     serve.add_argument("--until-finished", action="store_true", help="exit some seconds after the last step")
     for command in (inspect, verify, rebuild):
@@ -203,17 +211,16 @@ def _replay(options: argparse.Namespace) -> int:
 
 def _store(options: argparse.Namespace) -> int:
     from lightning_grad.spsa.auth import Authenticator
-    from lightning_grad.spsa.observer import Observer, preload
+    from lightning_grad.spsa.observer import Observer, longest, preload
     from lightning_grad.spsa.store import Store
 
-    old: Journal | None = None
-    if options.journal is not None and options.journal.exists():
-        old = load_journal(options.journal)
+    own = [options.journal] if options.journal is not None and options.journal.exists() else []
+    old = longest({str(path): load_journal(path) for path in (*own, *options.also)})
     run_id = options.run_id or (old.header.run_id if old is not None else None)
     if run_id is None:
         raise JournalError("a store needs `--run-id`, or `--journal` with the file of a run.")
     if old is not None and old.header.run_id != run_id:
-        raise JournalError(f"{options.journal} is of run {old.header.run_id!r}, not {run_id!r}.")
+        raise JournalError(f"{(own or options.also)[0]} is of run {old.header.run_id!r}, not {run_id!r}.")
     auth = Authenticator.from_environment(run_id, options.auth_key_env)
     store = Store(f"{options.host}:{options.port}", run_id, serve=True)
     if old is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from lightning_grad.spsa.auth import Authenticator
@@ -9,6 +10,36 @@ from lightning_grad.spsa.errors import JournalError
 from lightning_grad.spsa.journal import Journal
 from lightning_grad.spsa.membership import Genesis, Membership, SharedRecord
 from lightning_grad.spsa.store import Store
+
+
+def longest(journals: Mapping[str, Journal]) -> Journal | None:
+    """The longest of several journals of one run; all others must be what it begins with.
+
+    A record counts from the moment the store has it, so members may have applied some that a store which was killed
+    had not yet written to its file. Each is in the journal of every member that applied it.
+
+    Args:
+        journals: By name, for the error.
+
+    Raises:
+        JournalError: Two of them part ways.
+    """
+    best = max(journals, key=lambda name: len(journals[name]), default=None)
+    if best is None:
+        return None
+    whole = journals[best]
+    for name, journal in journals.items():
+        if journal.header != whole.header:
+            raise JournalError(
+                f"{name} and {best} differ: " + "; ".join(journal.header.differences(whole.header)) + "."
+            )
+        for step, (mine, theirs) in enumerate(zip(journal, whole, strict=False)):
+            if mine != theirs:
+                raise JournalError(
+                    f"{name} and {best} part ways at record {step}, so they are not of one run; give only those of the"
+                    " run to be continued."
+                )
+    return whole
 
 
 def preload(store: Store, journal: Journal, auth: Authenticator) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -174,7 +176,8 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
         common.warn_large_lr(self._options, module, common.current_lr(self.optimizers[0]))
         if self._exchange.active and any(c.reduce_on_plateau for c in self.lr_scheduler_configs):
             rank_zero_warn(
-                "SPSA: ReduceLROnPlateau needs a monitored value that is equal on all ranks (sync_dist=True)."
+                "SPSA: ReduceLROnPlateau needs a monitored value that is equal on all ranks: log it with"
+                " sync_dist=True. Otherwise the replicas part ways, which the next comparison (`check_interval`) finds."
             )
         self._compare_headers()
         if self._resume_journal and trainer.ckpt_path is None:
@@ -232,16 +235,30 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
         codes = b"".join(link.all_gather(session.payload()))
         record = session.record(codes, common.current_lr(optimizer), tuple(range(link.size)))
         sent, received, waited_s = link.sent, link.received, link.waited_s
-        update = session.commit(record, self._compare_digests if session.digest_due() else None)
+        compare = partial(self._compare_digests, common.current_lr(optimizer)) if session.digest_due() else None
+        update = session.commit(record, compare)
         self._log.write(module, session, update, bytes_sent=sent, bytes_received=received, wait_s=waited_s)
         return result
 
-    def _compare_digests(self, mine: int) -> None:
+    def _compare_digests(self, lr: float, mine: int) -> None:
         digests = [int.from_bytes(part, "little") for part in self._link().all_gather(mine.to_bytes(8, "little"))]
         if len(set(digests)) > 1:
             listed = ", ".join(f"rank {rank}: {digest:016x}" for rank, digest in enumerate(digests))
             step = self.session.step - 1
-            raise ReplicaMismatchError(f"the replicas differ after step {step} ({listed}).", step, digests[0], mine)
+            raise ReplicaMismatchError(
+                f"the replicas differ after step {step} ({listed}).{self._unequal_rates(lr)}", step, digests[0], mine
+            )
+
+    def _unequal_rates(self, lr: float) -> str:
+        """The usual cause: a scheduler that watched another number on every rank."""
+        rates = [struct.unpack("<d", part)[0] for part in self._link().all_gather(struct.pack("<d", lr))]
+        if len(set(rates)) == 1:
+            return ""
+        listed = ", ".join(f"rank {rank}: {rate:g}" for rank, rate in enumerate(rates))
+        return (
+            f" Their learning rates differ ({listed}): a scheduler that monitors a value needs it equal on all ranks;"
+            " log it with sync_dist=True."
+        )
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

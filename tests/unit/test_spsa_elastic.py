@@ -11,10 +11,10 @@ from lightning_grad.spsa.auth import Authenticator
 from lightning_grad.spsa.elastic import ElasticOptions, ElasticWorker, Schedule
 from lightning_grad.spsa.journal import Record
 from lightning_grad.spsa.membership import Contribution, Genesis, Membership, SharedRecord, next_members, vote
-from lightning_grad.spsa.observer import Observer, preload
+from lightning_grad.spsa.observer import Observer, longest, preload
 from lightning_grad.spsa.store import Store, split_address
 from tests.spsa_elastic import RUN, Plan, Run, free_port
-from tests.spsa_helpers import batches, loss_of, make_session, tiny_model
+from tests.spsa_helpers import batches, loss_of, make_session, run_alone, tiny_model
 
 KEY = b"0123456789abcdef"
 
@@ -301,6 +301,21 @@ def test_a_store_starts_again_from_a_journal(tmp_path):
 
 
 # -- real processes ---------------------------------------------------------------------------------------------------
+
+
+def test_the_longest_of_the_files_is_continued():
+    session = make_session()
+    run_alone(session, batches(8))
+    whole = session.journal
+    assert longest({}) is None
+    assert longest({"a": whole.prefix(5), "b": whole, "c": whole.prefix(8)}) is whole
+    other = whole.prefix(6)
+    other.append(Record(b"\x01"))
+    with pytest.raises(JournalError, match=r"x and w part ways at record 6, so they are not of one run"):
+        longest({"w": whole, "x": other})
+    stranger = make_session(seed=9).journal
+    with pytest.raises(JournalError, match=r"y and w differ: seed: 9 != 0"):
+        longest({"w": whole, "y": stranger})
 
 
 def test_three_processes_one_joins_late_one_leaves_one_abstains(tmp_path):

@@ -105,6 +105,41 @@ def test_scheduler_moves_the_learning_rate_in_the_journal(tmp_path):
     assert rates[5:] == [None, None, None]
 
 
+class Plateau(Toy):
+    """The scheduler halves the rate when rank 0's value does not fall; rank 1's own value falls."""
+
+    def __init__(self, sync):
+        super().__init__(steps=4, micro=2)
+        self.sync = sync
+
+    def validation_step(self, batch, batch_idx):
+        self.log("watched", -float(self.trainer.global_rank * self.trainer.global_step * (not self.sync)))
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "watched"}}
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_scheduler_that_watches_a_value_must_see_the_same_on_all_ranks(tmp_path, monkeypatch, sync):
+    def say(text):  # warnings of forked ranks do not reach this process
+        (tmp_path / "said").write_text(text)
+
+    monkeypatch.setattr("lightning_grad.strategies.shared_seed_spsa.rank_zero_warn", say)
+    settings = {"max_epochs": 4, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    run = {"workers": 2, "micro": 2, "model": Plateau(sync), "trainer_settings": settings}
+    if sync:
+        journal = fit(tmp_path / "j", **run)
+        assert [record.lr for record in journal if record.lr] == [2.0**-6, 2.0**-7, 2.0**-8]
+        assert len(digests(journal)) == 16
+    else:
+        text = r"Their learning rates differ \(rank 0: 0.0078125, rank 1: 0.015625\): .* log it with sync_dist=True"
+        with pytest.raises(Exception, match=text):
+            fit(tmp_path / "j", **run)
+    assert "ReduceLROnPlateau needs a monitored value that is equal on all ranks" in (tmp_path / "said").read_text()
+
+
 def test_lr_argument_needs_no_configure_optimizers(tmp_path):
     model = Toy()
     model.configure_optimizers = lambda: 1 / 0
