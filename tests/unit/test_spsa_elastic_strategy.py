@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_grad import ElasticSPSAStrategy
 from lightning_grad.spsa import Journal, StoreLostError, digest64, replay
+from lightning_grad.spsa.auth import Authenticator
 from lightning_grad.spsa.store import Store
 from lightning_grad.strategies import SPSAConfigError
 from tests.spsa_elastic import FORK, free_port
@@ -157,6 +158,24 @@ def test_a_lost_store_is_said_and_the_journal_is_saved(tmp_path):
     journal = Journal.load(path)
     assert len(journal) == 5
     assert replay(Toy(steps=20, micro=2).named_parameters(), journal).digest64() == digest64(model.parameters())
+
+
+def test_the_key_of_the_environment_seals_the_messages(port, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "0123456789abcdef")
+    trainer(strategy(port, auth_key_env="MY_KEY", total_steps=3), max_epochs=-1, accumulate_grad_batches=2).fit(
+        Toy(steps=20, micro=2)
+    )
+    sealed = Store(f"127.0.0.1:{port}", "r").get("r/1")
+    assert Authenticator("r", b"0123456789abcdef").open("r", 1, 0, sealed) is not None
+    assert Authenticator("r", b"another key, 16+").open("r", 1, 0, sealed) is None
+
+
+def test_the_schedule_is_in_the_records(port, tmp_path):
+    path = tmp_path / "run.spsa"
+    options = {"lr": 0.5, "lr_schedule": "linear", "warmup_steps": 2, "total_steps": 6, "journal_path": str(path)}
+    trainer(strategy(port, **options), max_epochs=-1, accumulate_grad_batches=2).fit(Toy(steps=20, micro=2))
+    rates = [record.lr for record in Journal.load(path)]
+    assert rates == [0.25, 0.5, None, 0.375, 0.25, 0.125]
 
 
 def test_refusals(port, tmp_path):

@@ -290,6 +290,22 @@ def test_peak_memory_of_passes_is_a_few_chunks():
     assert status("VmHWM") - before < 16 + 4 * 2 * 0.25
 
 
+@pytest.mark.parametrize("forward_mode", ["eval", "train"])
+def test_an_outer_autocast_cannot_hide_a_changed_weight(forward_mode):
+    """Autocast keeps the cast of a weight as long as the outermost context lives."""
+    session = make_session(slots=1, eps=2.0**-4, forward_mode=forward_mode)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        session.measure(0, lambda: loss_of(session.module, batches(1)[0]))
+    assert session.pending[0] != 0.0
+
+
+def test_a_parameter_that_grows_too_large_is_found_at_the_next_check():
+    session = make_session(slots=1)
+    record = session.record(b"\x38", 5000.0, (0,))
+    with pytest.raises(SPSAConfigError, match=r"parameter 0.weight holds -?[45]\.\d+e\+?0?3; use eps >= "):
+        session.commit(record, lambda digest: None)
+
+
 def test_step_objective_trains_nothing_but_counts():
     """An objective with steps and too small an eps: g is exactly zero, which is a code, not an abstention."""
     session = make_session(slots=1)

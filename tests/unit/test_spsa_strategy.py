@@ -2,12 +2,15 @@
 
 import math
 import warnings
+from datetime import timedelta
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.plugins import LightningEnvironment, Precision, TorchCheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_grad
@@ -404,6 +407,38 @@ def test_equal_groups_and_other_optimizers_are_accepted(tmp_path):
     want = digests(fit(tmp_path / "a"))
     grouped = with_optimizer(lambda m: torch.optim.Adam([{"params": [p]} for p in m.parameters()], lr=2.0**-6))
     assert digests(fit(tmp_path / "b", model=grouped)) == want
+
+
+def test_an_optimizer_without_a_rate_and_one_with_more_than_a_rate(tmp_path, caplog):
+    class Rateless(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        def step(self, closure=None):
+            return closure()
+
+    refused("Rateless has no learning rate; set `lr` of the strategy", tmp_path,
+            with_optimizer(lambda m: Rateless(m.parameters())))  # fmt: skip
+    with caplog.at_level("INFO"):
+        fit(tmp_path / "k", model=with_optimizer(lambda m: torch.optim.Adam(m.parameters(), lr=2.0**-6)))
+    assert "SPSA: only the learning rate of Adam is used" in caplog.text
+
+
+def test_what_belongs_to_ddp_reaches_it():
+    checkpoint_io, precision = TorchCheckpointIO(), Precision()
+    environment, devices = LightningEnvironment(), [torch.device("cpu")] * 2
+    strategy = SharedSeedSPSAStrategy(
+        accelerator=CPUAccelerator(), parallel_devices=devices, cluster_environment=environment,
+        checkpoint_io=checkpoint_io, precision_plugin=precision, process_group_backend="gloo",
+        timeout=timedelta(seconds=77), start_method="spawn",
+    )  # fmt: skip
+    assert isinstance(strategy.accelerator, CPUAccelerator)
+    assert strategy.parallel_devices == devices
+    assert strategy.cluster_environment is environment
+    assert strategy.checkpoint_io is checkpoint_io
+    assert strategy.precision_plugin is precision
+    assert strategy.process_group_backend == "gloo"
+    assert (strategy._timeout, strategy._start_method) == (timedelta(seconds=77), "spawn")
 
 
 @pytest.mark.parametrize(
