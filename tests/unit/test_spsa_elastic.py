@@ -284,7 +284,7 @@ def test_a_store_starts_again_from_a_journal(tmp_path):
         step(worker)
     path = tmp_path / "run.spsa"
     worker.session.journal.save(path)
-    second = Alone(key=KEY)
+    second = Alone(key=KEY, step_timeout=30.0)  # nobody waits for the old members: they are known to be gone
     preload(second.store, Journal.load(path), second.auth)
     again = second.worker(total_steps=6)
     again.join()

@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 from itertools import product
 
 import pytest
@@ -148,6 +149,22 @@ def test_normalized_update_does_not_depend_on_the_scale_of_the_loss():
         rule = UpdateRule(header(normalize=True, scale_log2=scale_log2))
         updates.append([advance(rule, [v * factor for v in row]).terms for row in values])
     assert updates[0] == updates[1]
+
+
+def test_the_running_rms_divides_after_it_has_seen_the_step():
+    rule = UpdateRule(header(normalize=True, codec="f32"))
+    assert advance(rule, [-3.0], lr=0.5).terms == [(0, 0, -0.5)]
+    (term,) = advance(rule, [1.0], lr=0.5).terms
+    assert term[2] == 0.5 / math.sqrt(0.9 * 9.0 + (1.0 - 0.9) * 1.0)
+
+
+def test_many_directions_are_warned_of_once():
+    rule = UpdateRule(header(directions=4097, codec="sign"))
+    with pytest.warns(UserWarning, match="4097 directions in one update; their coefficients keep fewer than 12 bits"):
+        rule.advance(Record(b"\x38" * 4097, 1.0, (0,)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rule.advance(Record(b"\x38" * 4097))
 
 
 def test_momentum_equals_torch_sgd_up_to_the_cut_off_tail():

@@ -243,8 +243,9 @@ def test_many_directions_on_a_linear_model_are_sgd(directions, steps):
 
     The noise has covariance (|G|^2 I + G G' - 2 diag(G)^2) / N, eigenvalues at most 2 |G|^2 / N; so the sum over the
     steps of |noise|^2 N / |G|^2 has mean steps (d - 1) and a standard deviation of at most twice the mean's root. Five
-    of those: false alarm below 1e-5. SGD runs beside it; noise in a contraction does not grow, and four times its mean
-    square is never reached by 39 coordinates (below 1e-9).
+    of those: false alarm below 1e-5. Along G the variance of a step is at most 2 |G|^2 / N: with 1024 directions steps
+    that are wrong by 8 % fail. SGD runs beside it; noise in a contraction does not grow, and four times its mean square
+    is never reached by 39 coordinates (below 1e-9).
     """
     torch.manual_seed(0)
     model, twin = (torch.nn.Linear(12, 3).double() for _ in range(2))
@@ -252,7 +253,7 @@ def test_many_directions_on_a_linear_model_are_sgd(directions, steps):
     data = [t.double() for t in batches(1, size=64, inputs=12, outputs=3)[0]]
     session = make_session(model, slots=directions, directions=directions, codec="f32")
     sgd = torch.optim.SGD(twin.parameters(), lr=0.25)
-    count, total, allowed = 39, 0.0, 0.0
+    count, total, along, allowed = 39, 0.0, 0.0, 0.0
     for _ in range(steps):
         before = flat(model).clone()
         gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss_of(model, data), model.parameters())])
@@ -260,12 +261,14 @@ def test_many_directions_on_a_linear_model_are_sgd(directions, steps):
         session.commit(session.record(session.payload(), 0.25, (0,)))
         noise = (before - flat(model)) / 0.25 - gradient
         total += float(noise.square().sum() * directions / gradient.square().sum())
+        along += float(noise @ gradient / gradient.square().sum())
         allowed += 0.25**2 * float(gradient.square().sum()) * (count - 1) / directions
         sgd.zero_grad()
         loss_of(twin, data).backward()
         sgd.step()
     mean = steps * (count - 1)
     assert abs(total - mean) < 5 * 2 * mean**0.5, (total, mean)
+    assert abs(along) < 5 * (2 * steps / directions) ** 0.5
     assert float((flat(model) - flat(twin)).square().sum()) < 4 * allowed
 
 
@@ -302,7 +305,7 @@ def test_an_outer_autocast_cannot_hide_a_changed_weight(forward_mode):
 def test_a_parameter_that_grows_too_large_is_found_at_the_next_check():
     session = make_session(slots=1)
     record = session.record(b"\x38", 5000.0, (0,))
-    with pytest.raises(SPSAConfigError, match=r"parameter 0.weight holds -?[45]\.\d+e\+?0?3; use eps >= "):
+    with pytest.raises(SPSAConfigError, match=r"parameter 0.weight holds 5000, .* use eps >= 0.00195 or freeze it"):
         session.commit(record, lambda digest: None)
 
 

@@ -7,10 +7,11 @@ from datetime import timedelta
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
-from lightning.pytorch.plugins import LightningEnvironment, Precision, TorchCheckpointIO
+from lightning.pytorch.plugins import Precision, TorchCheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_grad
