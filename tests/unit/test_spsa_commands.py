@@ -1,5 +1,8 @@
 """The commands: inspect, verify, replay."""
 
+import runpy
+import sys
+
 import pytest
 import torch
 
@@ -51,6 +54,15 @@ def test_verify_and_upto_through_the_package_command(run, capsys):
     shown = capsys.readouterr()
     assert shown.out.strip() == f"4 steps, 4 digests equal, final digest {digests[3]:016x}"
     assert "replay" in shown.err  # the progress bar
+
+
+def test_the_package_runs_as_a_module(run, capsys, monkeypatch):
+    folder, _ = run
+    monkeypatch.setattr(sys, "argv", ["spsa", "inspect", "--journal", str(folder / "run.spsa")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("lightning_grad.spsa", run_name="__main__", alter_sys=False)
+    assert end.value.code == 0
+    assert "steps          10" in capsys.readouterr().out
 
 
 def test_inspect_shows_the_run(run, capsys):

@@ -106,21 +106,31 @@ def test_kernels_agree_bit_by_bit(name, dtype, monkeypatch):
             pytest.skip("the interpreter is for machines without a GPU; the GPU has a test of its own")
         pytest.importorskip("triton")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert steps_of(name, dtype) == steps_of("numpy", dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_gpu_gives_the_bits_of_the_cpu(name, dtype):
+    assert steps_of(name, dtype, "cuda") == steps_of("numpy", dtype)
+
+
+def steps_of(kernel, dtype, device="cpu"):
+    """Digests along moves and updates."""
+    generator = torch.Generator().manual_seed(3)
     shapes = [(3, 70), (1,), (2, 5, 3, 4), (1500,)]
-    results = []
-    for kernel in ("numpy", name):
-        generator = torch.Generator().manual_seed(3)
-        values = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
-        e = engine([(str(i), torch.nn.Parameter(v)) for i, v in enumerate(values)], seed=2**64 - 3, kernel=kernel)
-        steps = [e.digest64()]
-        for t in range(3):
-            e.perturb([(t, 2**40, 1)])
-            steps.append(digest64(e.params))
-            e.perturb([(t, 2**40, -2)])
-            e.apply([(t, d, 1e-3 * (d - 1.3)) for d in range(3)])
-            steps.append(e.digest64())
-        results.append(steps)
-    assert results[0] == results[1]
+    values = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    named = [(str(i), torch.nn.Parameter(v.to(device))) for i, v in enumerate(values)]
+    e = engine(named, seed=2**64 - 3, kernel=kernel)
+    steps = [e.digest64()]
+    for t in range(3):
+        e.perturb([(t, 2**40, 1)])
+        steps.append(digest64(e.params))
+        e.perturb([(t, 2**40, -2)])
+        e.apply([(t, d, 1e-3 * (d - 1.3)) for d in range(3)])
+        steps.append(e.digest64())
+    return steps
 
 
 @pytest.mark.parametrize("outstanding", [1, -1])
