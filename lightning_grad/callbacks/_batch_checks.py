@@ -8,7 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_grad._lightning import missing_for_variable_length
 from lightning_grad.callbacks._batch_drivers import PlanSettings
 
 MAX_COPIES = 4
@@ -42,6 +44,18 @@ def refuse(trainer: pl.Trainer, pl_module: pl.LightningModule, mode: str) -> Non
             )
     if reason is not None:
         raise MisconfigurationException(f"AdaptiveBatchSize(mode={mode!r}) does not work with {reason}.")
+
+
+def possible_mode(trainer: pl.Trainer, mode: str) -> str:
+    """The mode, or ``"accumulate"`` where this version of Lightning does not let the number of batches change."""
+    missing = missing_for_variable_length(trainer) if mode in ("auto", "sampler") else None
+    if missing is None:
+        return mode
+    rank_zero_warn(
+        f"AdaptiveBatchSize: this version of Lightning has no `{missing}`, so the loader's batch size cannot change"
+        " during training; only accumulation will (mode='accumulate')."
+    )
+    return "accumulate"
 
 
 def needs_two(mode: str, trainer: pl.Trainer, estimator: str, needs: frozenset[str], plans: PlanSettings) -> bool:

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_grad._lightning import set_epoch_length, wrap_train_dataloader
+from lightning_grad._validate import check_choice, check_int
 from lightning_grad.allocation.batch_size import BatchPlan
 from lightning_grad.data.adaptive import AdaptiveDataLoader
 from lightning_grad.data.batch_course import MicroBatch, check_power_of_two
@@ -94,11 +95,20 @@ class WatchDriver:
 
 
 class PlanSettings:
-    """Limits of the plans, as the user gave them; ``None`` is filled in from the first plan."""
+    """Limits of the plans, as the user gave them; ``None`` is filled in from the first plan.
+
+    Raises:
+        ValueError: One is out of range; the text calls it what the user calls it.
+    """
 
     def __init__(
         self, max_batch: int, max_micro: int | None, min_accumulate: int, round_to: int, quantize: Any
     ) -> None:
+        if max_micro is not None:
+            check_int("max_micro_batch_size", max_micro, 1)
+        check_power_of_two("min_accumulate", min_accumulate)
+        check_int("round_to", round_to, 1)
+        check_choice("quantize", quantize, ("none", "pow2"))
         self.max_batch, self.max_micro = max_batch, max_micro
         self.min_accumulate, self.round_to, self.quantize = min_accumulate, round_to, quantize
 

@@ -7,6 +7,7 @@ import math
 import lightning.pytorch as pl
 
 from lightning_grad.allocation.batch_size import BatchPlan, Decision
+from lightning_grad.callbacks._batch_probe import GradientProbe
 from lightning_grad.callbacks._tensorboard import log_scalars
 from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
 
@@ -28,27 +29,30 @@ class BatchLog:
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         plan: BatchPlan,
-        values: dict[str, float],
+        decision: Decision | None,
+        probe: GradientProbe,
+        scaler: BatchSizeLRScaler | None,
         *,
+        samples_seen: int,
+        skipped_tests: int,
         steps: int,
         changed: bool,
-        scaler: BatchSizeLRScaler | None,
-        loss: float | None,
     ) -> None:
-        """Log the step that was just done, the batch size always and ``values`` when Lightning would or it changed."""
+        """Log the step that was just done: the batch size always, the rest when Lightning would or it changed."""
         pl_module.log("batching/batch_size", float(plan.batch_size), prog_bar=True, batch_size=1)
         if scaler is not None and scaler.log_values:
             scaler.log_to(pl_module, trainer)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if changed or steps - self._logged_step >= every or self._logged_step < 0:
             self._logged_step = steps
+            values = self.values(plan, decision, samples_seen, skipped_tests, probe.seconds)
             log_scalars(trainer, values if scaler is None else {**values, "batching/lr_factor": scaler.factor})
         if self.vs_samples:
             by_samples = {"samples/batch_size": float(plan.batch_size)}
-            if loss is not None:
-                by_samples["samples/train_loss"] = loss
+            if probe.loss is not None:
+                by_samples["samples/train_loss"] = probe.loss
             for logger in trainer.loggers:
-                logger.log_metrics(by_samples, step=int(values["batching/samples_seen"]))
+                logger.log_metrics(by_samples, step=samples_seen)
 
     def values(
         self, plan: BatchPlan, decision: Decision | None, samples_seen: int, skipped_tests: int, seconds: float

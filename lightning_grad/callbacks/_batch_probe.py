@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_grad._validate import check_choice, check_int
 from lightning_grad.callbacks._batch_checks import MAX_COPIES
 from lightning_grad.callbacks._batch_drivers import WatchDriver
 from lightning_grad.callbacks._step_loss import step_loss
@@ -32,6 +33,9 @@ class GradientProbe:
         test_interval: Optimizer steps between tests.
         warmup_steps: Optimizer steps before the first test.
         with_loss: Whether the loss of each step is wanted for other reasons than the criterion's.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -43,6 +47,12 @@ class GradientProbe:
         warmup_steps: int,
         with_loss: bool,
     ) -> None:
+        check_choice("estimator", estimator, ("auto", "micro_batch", "ghost", "vmap"))
+        if isinstance(scope, str):
+            check_choice("scope", scope, ("all", "norm_layers"))
+        if test_interval != "auto":
+            check_int("test_interval", test_interval, 1)
+        check_int("warmup_steps", warmup_steps, 0)
         self.estimator, self.scope, self.needs = estimator, scope, needs
         self.test_interval, self.warmup_steps = test_interval, warmup_steps
         self.loss: float | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -12,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad._lightning import missing_for_variable_length, refuse_twin
+from lightning_grad._lightning import refuse_twin
 from lightning_grad._validate import check_choice, check_int
 from lightning_grad.allocation.batch_size import (
     BatchPlan,
@@ -22,7 +21,7 @@ from lightning_grad.allocation.batch_size import (
     Decision,
     criterion_named,
 )
-from lightning_grad.callbacks._batch_checks import needs_two, refuse, refuse_copies
+from lightning_grad.callbacks._batch_checks import needs_two, possible_mode, refuse, refuse_copies
 from lightning_grad.callbacks._batch_drivers import (
     AccumulateDriver,
     PlanSettings,
@@ -35,7 +34,6 @@ from lightning_grad.callbacks._batch_probe import GradientProbe, amp_scale
 from lightning_grad.callbacks._batch_schedules import resolve_schedules, sample_schedules, warn_of_step_schedules
 from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts
 from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
-from lightning_grad.data.batch_course import check_power_of_two
 
 _PAPER: dict[str, Any] = {
     "test_interval": 1,
@@ -135,32 +133,19 @@ class AdaptiveBatchSize(TensorBoardCharts):
         if preset is not None:
             check_choice("preset", preset, ("paper",))
             settings |= _PAPER
-        check_choice("estimator", estimator, ("auto", "micro_batch", "ghost", "vmap"))
         check_choice("mode", mode, ("auto", "accumulate", "sampler", "monitor"))
-        check_choice("quantize", quantize, ("none", "pow2"))
-        if isinstance(scope, str):
-            check_choice("scope", scope, ("all", "norm_layers"))
         self.test_interval = settings.pop("test_interval")
-        if self.test_interval != "auto":
-            check_int("test_interval", self.test_interval, 1)
+        self.warmup_steps = warmup_steps
         if min_batch_size is not None:
             check_int("min_batch_size", min_batch_size, 2)
-        for name, value in (("max_micro_batch_size", max_micro_batch_size), ("max_samples", max_samples)):
-            if value is not None:
-                check_int(name, value, 1)
-        self.warmup_steps = check_int("warmup_steps", warmup_steps, 0)
+        if max_samples is not None:
+            check_int("max_samples", max_samples, 1)
         self.seed = check_int("seed", seed, 0)
         self.criterion = criterion_named(criterion) if isinstance(criterion, str) else criterion
         self.controller = BatchSizeController(
-            self.criterion,
-            max_batch_size,
-            min_batch_size or 1,
-            finite_population=finite_population,
-            **settings,
+            self.criterion, max_batch_size, min_batch_size or 1, finite_population=finite_population, **settings
         )
         self.min_batch_size = min_batch_size
-        check_int("round_to", round_to, 1)
-        check_power_of_two("min_accumulate", min_accumulate)
         self.plans = PlanSettings(max_batch_size, max_micro_batch_size, min_accumulate, round_to, quantize)
         self.estimator, self.scope, self.mode = estimator, scope, "monitor" if monitor_only else mode
         self.lr_scaler, self.max_samples = lr_scaler, max_samples
@@ -234,15 +219,7 @@ class AdaptiveBatchSize(TensorBoardCharts):
             return
         refuse_twin(trainer)
         refuse(trainer, pl_module, self.mode)
-        mode = self.mode
-        if mode in ("auto", "sampler"):
-            missing = missing_for_variable_length(trainer)
-            if missing is not None:
-                rank_zero_warn(
-                    f"AdaptiveBatchSize: this version of Lightning has no `{missing}`, so the loader's batch size"
-                    " cannot change during training; only accumulation will (mode='accumulate')."
-                )
-                mode = "accumulate"
+        mode = possible_mode(trainer, self.mode)
         if needs_two(mode, trainer, self.estimator, self.criterion.needs, self.plans):
             self._split()
         refuse_copies(mode, trainer, self.estimator, self.criterion.needs, self.scope, self.plans)
@@ -372,10 +349,8 @@ class AdaptiveBatchSize(TensorBoardCharts):
             self.skipped_tests += 1
             return
         self.tests += 1
-        if self.lr_scaler is not None and self.lr_scaler.critical_batch == "noise_scale":
-            scale = self._decision.stats.noise_scale
-            if 0.0 < scale < math.inf:
-                self.lr_scaler.critical_batch_size = scale
+        if self.lr_scaler is not None:
+            self.lr_scaler.observe_noise_scale(self._decision.stats.noise_scale)
         if self._mode_now() != "monitor" and self._decision.batch_size != plan.batch_size:
             self._propose(driver, plan, self._decision.batch_size)
 
@@ -401,17 +376,10 @@ class AdaptiveBatchSize(TensorBoardCharts):
         driver.end_batch(trainer, batch_idx, stepped)
         if stepped:
             if self.log:
-                plan, seconds = driver.plan, self.probe.seconds
                 self._log.step(
-                    trainer,
-                    pl_module,
-                    plan,
-                    self._log.values(plan, self._decision, self.samples_seen, self.skipped_tests, seconds),
-                    steps=self._steps,
-                    changed=changed,
-                    scaler=self.lr_scaler,
-                    loss=self.probe.loss,
-                )
+                    trainer, pl_module, driver.plan, self._decision, self.probe, self.lr_scaler, steps=self._steps,
+                    samples_seen=self.samples_seen, skipped_tests=self.skipped_tests, changed=changed,
+                )  # fmt: skip
             if self.max_samples is not None and self.samples_seen >= self.max_samples:
                 trainer.should_stop = True
             self._decision = None

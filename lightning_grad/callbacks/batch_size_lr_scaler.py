@@ -129,6 +129,11 @@ class BatchSizeLRScaler(pl.Callback):
             )
             self._factor = target if reached else self._factor * self._ramp
 
+    def observe_noise_scale(self, noise_scale: float) -> None:
+        """A new estimate of the gradient noise scale; it is the critical batch if that was asked for."""
+        if self.critical_batch == "noise_scale" and 0.0 < noise_scale < math.inf:
+            self.critical_batch_size = noise_scale
+
     def _wanted(self, batch_size: int) -> float:
         assert self.reference_batch_size is not None
         rule: str = self.rule
