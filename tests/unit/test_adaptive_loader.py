@@ -1,6 +1,7 @@
 """The adaptive loader: every sample once an epoch whatever is requested, the right length at any time, exact resume."""
 
 import copy
+import itertools
 import random
 from collections import deque
 
@@ -136,6 +137,9 @@ def check_any_sequence(n, world, plan, requests, lag, drop_last, cut):
                     if again.sampler.epoch != epoch:  # it was the last one: see the next test
                         resumed = None
                         break
+                    # before anything is drawn: a request can lie ahead that waits for a batch that was dispatched
+                    ahead = copy.deepcopy(again._resume)
+                    assert len(again) == ahead.index + formed(again, ahead)
                     resumed.append(Prefetch(again, lag))
             if asked is not None:
                 for sampler in ranks + [run.sampler for run in resumed or []]:
@@ -156,13 +160,36 @@ def check_any_sequence(n, world, plan, requests, lag, drop_last, cut):
         assert len(ranks[0]) == count
 
 
+@pytest.mark.parametrize("asked", [(4, 2), (4, 4), (8, 4), (2, 8)])
+def test_length_after_a_resume_before_a_change_that_was_asked_for(asked):
+    """Workers run ahead: the change waits for the first batch they had not drawn, and then for a window to begin."""
+    waiting = 0
+    for n, cut in itertools.product((90, 97, 103), range(1, 9)):
+        sampler = make(n, 4)
+        run = Prefetch(sampler, 4)
+        for _ in range(cut):
+            if run.used.index == 0:
+                sampler.request(*asked)
+            next(run)
+        again = make(n, 4)
+        again.load_state_dict(sampler.state_dict(run.used))
+        ahead = copy.deepcopy(again._resume)
+        waiting += ahead.request is not None and ahead.request[2] > ahead.index
+        assert len(again) == ahead.index + formed(again, ahead)
+    assert waiting >= 3
+
+
 def length_by_enumeration(sampler, run, count):
     """Delivered, drawn, and what the dispatch-level state would still give, formed step by step."""
-    course, total = sampler._course, sampler.sampler.dataset_size
     length = count + len(run.queue)
     # the parts of the current step which the generator has still to yield
     last = run.queue[-1][1] if run.queue else run.used
-    length += last.accumulate - last.part - 1
+    return length + last.accumulate - last.part - 1 + formed(sampler, sampler._course)
+
+
+def formed(sampler, course):
+    """Micro-batches of the steps of a course that are not yet formed; uses the course up."""
+    total, length = sampler.sampler.dataset_size, 0
     while size := course.form(total, sampler.sampler.num_replicas, sampler.drop_last):
         length += course.accumulate
         course.index, course.cursor, course.skip = course.index + course.accumulate, course.cursor + size, 0
