@@ -107,6 +107,24 @@ def test_norm_test_equals_the_published_one_in_float32():
         assert NormTest(0.5).target(GradStats.from_samples(grads)) == pytest.approx(expected, rel=1e-6)
 
 
+def per_tensor_inner_product_test(grads, blocks, theta):
+    """The published code's form: variances of the products within each tensor, summed, over theta^2 |g|^4."""
+    mean = grads.mean(0)
+    parts = zip(grads.split(blocks, dim=1), mean.split(blocks), strict=True)
+    return float(sum((g @ m).var() for g, m in parts) / (theta * mean.square().sum()) ** 2)
+
+
+def test_inner_product_test_is_that_of_the_whole_gradient():
+    """Equal to a test tensor by tensor for one tensor only: that one drops what tensors have in common."""
+    grads = regression_grads(1, 64, 0)[0]
+    twice = torch.cat([grads, grads], dim=1)  # two tensors with the same gradients
+    targets = [InnerProductTest(0.5).target(GradStats.from_samples(g, blocks)) for g, blocks in
+               ((grads, [6]), (twice, [6, 6]))]  # fmt: skip
+    assert targets[0] == pytest.approx(per_tensor_inner_product_test(grads, [6], 0.5), rel=1e-12)
+    assert targets[1] == pytest.approx(targets[0], rel=1e-12)
+    assert per_tensor_inner_product_test(twice, [6, 6], 0.5) == pytest.approx(targets[1] / 2, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
