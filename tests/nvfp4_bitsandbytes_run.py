@@ -16,7 +16,7 @@ from tests.unit.test_nvfp4_plugin import fit
 def main():
     class Model(TinyGPT):
         def configure_optimizers(self):
-            return bnb.optim.AdamW8bit(self.parameters(), lr=1e-2)
+            return bnb.optim.AdamW8bit(self.parameters(), lr=3e-3)
 
     class Watch(pl.Callback):
         versions: list[int] = []  # noqa: RUF012
@@ -33,9 +33,11 @@ def main():
     watch = Watch()
     torch.manual_seed(0)
     # 4096 elements is the size from which bitsandbytes keeps 8-bit states
-    fit(Model(num_layers=2, dim=64, num_heads=2, block_size=16), 10, NVFP4Precision(keep_last=0), callbacks=[watch])
+    model = Model(num_layers=2, dim=64, num_heads=2, block_size=16)
+    # two batches of random tokens, five times each: what can be learned is to know them by heart
+    fit(model, 10, NVFP4Precision(keep_last=0), batch_size=20, callbacks=[watch])
     assert len(set(watch.versions)) == 1, "bitsandbytes now bumps _version: the epoch in the cache key may go"
-    assert min(watch.losses[-3:]) < watch.losses[0]
+    assert max(watch.losses[-2:]) < min(watch.losses[:2]) - 0.1, watch.losses
 
 
 if __name__ == "__main__":

@@ -152,9 +152,9 @@ def round_stochastic_(y: Tensor, k: Tensor) -> Tensor:
 
     Args:
         y: Values.
-        k: uint8 of the shape of ``y``.
+        k: fp32 of the shape of ``y`` holding integers 0..255.
     """
-    return _round_up_with(y, torch.add(k, 0.5).mul_(1.0 / 256.0))
+    return _round_up_with(y, (k + 0.5).mul_(1.0 / 256.0))
 
 
 def _round_up_with(y: Tensor, u: Tensor) -> Tensor:
@@ -194,33 +194,54 @@ def round_e2m1(y: Tensor, u: Tensor | None = None) -> Tensor:
 
 def encode_e2m1(q: Tensor) -> Tensor:
     """uint8 codes 0..15 of fp32 values on the E2M1 grid; a negative zero gives 8."""
-    # eager mode is fastest in the smallest integer type, compilers vectorize int32 only
-    integer = torch.int32 if torch.compiler.is_compiling() else torch.int8
-    n = (q.abs() * 2.0).to(integer)  # 0 1 2 3 4 6 8 12
+    n = (q.abs() * 2.0).to(torch.int8)  # 0 1 2 3 4 6 8 12
     magnitude = n.clamp(max=4) + ((n.clamp(4, 8) - 4) >> 1) + ((n >> 3) & (n >> 2) & 1)
     # the top bits of the float, where the sign is
-    negative = (q.view(torch.int32) >> 28).to(integer) & 8
+    negative = (q.view(torch.int32) >> 28).to(torch.int8) & 8
     return (magnitude | negative).to(torch.uint8)
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
     """fp32 values of uint8 codes 0..15."""
-    c = codes.to(torch.int32 if torch.compiler.is_compiling() else torch.int8)
+    c = codes.to(torch.int8)
     magnitude = c & 7
     twice = magnitude + (magnitude - 4).clamp(min=0) + 2 * (magnitude - 6).clamp(min=0)
     return (twice.to(torch.float32) * 0.5).copysign(7.5 - c.to(torch.float32))
 
 
-def decode_operand(codes: Tensor) -> Tensor:
-    """As :func:`decode_e2m1` but for the sign of a zero, in half the time."""
+def encode_pairs(y: Tensor) -> Tensor:
+    """Round fp32 ``y[G, 16, C]`` with ``|y| <= 6`` or NaN to nearest and pack rows ``2j``, ``2j + 1``; eats ``y``.
+
+    Returns:
+        Codes ``[G, 8, C]``, row ``2j`` in the low nibble: uint8, or their fp32 values under a compiler.
+    """
     if torch.compiler.is_compiling():
-        c = codes.to(torch.int32)
-        magnitude = c & 7
-        twice = magnitude + (magnitude - 4).clamp(min=0) + 2 * (magnitude - 6).clamp(min=0)
-        return (twice * (1 - ((c >> 2) & 2))).to(torch.float32) * 0.5
-    c = codes.view(torch.int8) & 7
-    twice = (c - 4).clamp_(min=0).add_(c).add_((c - 6).clamp_(min=0), alpha=2)
-    return twice.mul_(1 - ((codes.view(torch.int8) >> 2) & 2)).to(torch.float32).mul_(0.5)
+        low, high = (_code(row) for row in y.view(y.shape[0], BLOCK // 2, 2, y.shape[2]).unbind(2))
+        return low + 16.0 * high
+    y.nan_to_num_(E2M1_MAX)
+    q = round_nearest_(y.clone()).copysign_(y)
+    # scaled by 2**-14 an E2M1 number in binary16 is subnormal where it is subnormal in E2M1: shift, and it is the code
+    bits = q.mul_(2.0**-14).to(torch.float16).view(torch.int16).view(y.shape[0], BLOCK // 2, 2, y.shape[2])
+    low, high = bits.unbind(2)
+    nibbles = ((low >> 9) & 7).bitwise_or_((low >> 12) & 8)
+    return nibbles.bitwise_or_((high >> 5) & 0x70).bitwise_or_((high >> 8) & 0x80).to(torch.uint8)
+
+
+def _code(y: Tensor) -> Tensor:
+    """Codes 0..15 of ``y`` rounded to nearest, as fp32: compilers vectorize comparisons, not bit casts."""
+    y = torch.where(y.abs() >= 0.0, y, E2M1_MAX)  # NaN gives 6
+    q = round_nearest_(y.abs())
+    magnitude = torch.where(q >= 4.0, q * 0.5 + 4.0, torch.where(q >= 2.0, q + 2.0, q * 2.0))
+    return magnitude + (4.0 - torch.full_like(y, 4.0).copysign(y))
+
+
+def decode_pairs(codes: Tensor) -> Tensor:
+    """Values times ``2**-14`` of ``codes[G, 8, C]``, as fp16 ``[G, 16, C]``; the inverse of :func:`encode_pairs`."""
+    c = codes.to(torch.int16)
+    out = torch.empty(c.shape[0], BLOCK // 2, 2, c.shape[2], dtype=torch.int16, device=c.device)
+    out[:, :, 0] = ((c & 7) << 9).bitwise_or_((c & 8) << 12)
+    out[:, :, 1] = ((c & 0x70) << 5).bitwise_or_((c & 0x80) << 8)
+    return out.view(torch.float16).view(c.shape[0], BLOCK, c.shape[2])
 
 
 def pack(codes: Tensor) -> Tensor:

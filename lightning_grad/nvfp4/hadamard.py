@@ -39,7 +39,7 @@ def butterfly(x: Tensor) -> Tensor:
 
 
 def butterfly_rows(rows: list[Tensor]) -> list[Tensor]:
-    """:func:`butterfly` on 16 separate rows, for compilers: everything stays pointwise."""
+    """:func:`butterfly` on 16 separate rows, which makes one loop of it for a compiler."""
     for stride in (1, 2, 4, 8):
         out = list(rows)
         for i in range(BLOCK):
@@ -53,6 +53,15 @@ def transform_columns(x: Tensor, signs: Sequence[int]) -> Tensor:
     """Transform groups of 16 rows: fp32 ``x[A, 16, B]`` holding bf16 values; rounded to bf16, as fp32."""
     diagonal = torch.tensor([0.25 * s for s in signs], dtype=torch.float32, device=x.device)
     return to_bf16(butterfly(x * diagonal[:, None]))
+
+
+def transform_rows(x: Tensor, signs: Sequence[int]) -> Tensor:
+    """:func:`transform_columns` of bf16 ``x``, to be compiled on its own; bf16.
+
+    Inside a larger compiled function the last rounding could be fused away.
+    """
+    rows = [row.float() * (0.25 * s) for row, s in zip(x.unbind(1), signs, strict=True)]
+    return torch.stack([row.to(torch.bfloat16) for row in butterfly_rows(rows)], dim=1)
 
 
 def rht(x: Tensor, signs: Sequence[int] | None = None, inverse: bool = False) -> Tensor:

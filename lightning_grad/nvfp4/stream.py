@@ -7,7 +7,7 @@ output gradient, role 1 its column form, whose blocks are numbered over ``[N, M 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from lightning_grad.nvfp4.format import BLOCK
 from lightning_grad.random import Word, philox4x32
 
 Counters = tuple[Word, Word, Word]
+#: The signature of :func:`philox_words`.
+Words = Callable[[Tensor, Tensor, Tensor, Tensor, str], tuple[Tensor, ...]]
 #: Lowest bit of counter word 2: 0 for the row form of the output gradient, 1 for its column form.
 ROLE_COLUMNS = 1
 
@@ -40,49 +42,56 @@ def row_bytes(num_blocks: int, seed: int, counters: Counters, device: torch.devi
     return _bytes(torch.stack(words, dim=-1)).view(num_blocks, BLOCK)
 
 
-def _column_words(groups: int, columns: int, seed: int, counters: Counters, device: torch.device) -> tuple[Tensor, ...]:
-    index = torch.arange(columns, dtype=torch.int64, device=device) * groups
-    index = index + torch.arange(groups, dtype=torch.int64, device=device)[:, None]
-    return philox4x32((index, *counters), seed)
-
-
-def column_bytes(groups: int, columns: int, seed: int, counters: Counters, device: torch.device) -> Tensor:
-    """uint8 ``[groups, 16, columns]``: bytes of the transposed tensor ``[columns, 16 * groups]``, not transposed."""
-    words = _column_words(groups, columns, seed, counters, device)
-    out = torch.empty(groups, BLOCK, columns, dtype=torch.uint8, device=device)
+def _spread(words: Sequence[Tensor], groups: int, columns: int) -> Tensor:
+    """Words of the blocks ``[groups, columns]`` as fp32 bytes ``[groups, 16, columns]``."""
+    out = torch.empty(groups, BLOCK, columns, device=words[0].device)
     for i, word in enumerate(words):  # torch.cat would keep the transposed strides and slow down what follows
-        out[:, 4 * i : 4 * i + 4] = _bytes(word).transpose(1, 2)
+        out[:, 4 * i : 4 * i + 4] = _bytes(word.view(groups, columns)).transpose(1, 2)
     return out
 
 
-def both_bytes(rows: int, columns: int, seed: int, counters: Counters, device: torch.device) -> tuple[Tensor, Tensor]:
-    """:func:`row_bytes` and :func:`column_bytes` of one output gradient ``[rows, columns]``, from one Philox call.
+def gradient_bytes(
+    shape: tuple[int, int], want: tuple[bool, bool], seed: int, counters: Counters, device: torch.device, words: Words
+) -> tuple[Tensor | None, Tensor | None]:
+    """Random bytes of the row and the column form of an output gradient, as far as wanted.
 
-    A call costs more in operations than in numbers, so eager mode gains a third of it.
+    Both come from one Philox call, which costs more in operations than in numbers.
+
+    Args:
+        shape: Tokens M, and output features N, a multiple of 16.
+        want: Row form, column form.
+        seed: Key.
+        counters: Words 1 to 3 of role 0.
+        device: Where to put them.
+        words: :func:`philox_words`, or a compiled form of it.
+
+    Returns:
+        fp32 ``[M * N / 16, 16]`` and ``[ceil(M / 16), 16, N]``, holding 0..255; ``None`` if unwanted.
     """
+    rows, columns = shape
     groups = (rows + BLOCK - 1) // BLOCK
-    first = rows * columns // BLOCK
-    index = torch.empty(first + groups * columns, dtype=torch.int64, device=device)
-    role = torch.zeros_like(index)
-    torch.arange(first, out=index[:first])
-    grid = index[first:].view(groups, columns)
-    grid.copy_(torch.arange(columns, device=device) * groups)
-    grid.add_(torch.arange(groups, device=device)[:, None])
+    first, second = want[0] * rows * columns // BLOCK, want[1] * groups * columns
+    # row blocks are numbered in their order in memory, blocks of the column form over the transposed matrix
+    by_row = torch.arange(first, dtype=torch.int64, device=device)
+    by_column = torch.arange(second, dtype=torch.int64, device=device).view(columns, second // columns).t().reshape(-1)
+    role = torch.zeros(first + second, dtype=torch.int64, device=device)
     role[first:] = ROLE_COLUMNS
-    c1, c2, c3 = counters
-    words = philox4x32((index, c1, role + c2, c3), seed)
-    row = torch.empty(first, 4, dtype=torch.int32, device=device)
-    column = torch.empty(groups, BLOCK, columns, dtype=torch.uint8, device=device)
-    for i, word in enumerate(words):
-        row[:, i] = word[:first]
-        column[:, 4 * i : 4 * i + 4] = _bytes(word[first:].view(groups, columns)).transpose(1, 2)
-    return row.view(torch.uint8), column
+    c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counters)
+    drawn = words(torch.cat((by_row, by_column)), c1, role + c2, c3, str(seed))
+    row = column = None
+    if first:
+        row = _bytes(torch.stack([word[:first] for word in drawn], dim=-1)).view(-1, BLOCK).to(torch.float32)
+    if second:
+        column = _spread([word[first:] for word in drawn], groups, columns)
+    return row, column
 
 
-def column_byte_rows(groups: int, columns: int, seed: int, counters: Counters, device: torch.device) -> list[Tensor]:
-    """:func:`column_bytes` as 16 separate rows ``[groups, columns]``, for compilers."""
-    words = _column_words(groups, columns, seed, counters, device)
-    return [(word >> shift) & 255 for word in words for shift in (0, 8, 16, 24)]
+def philox_words(index: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: str) -> tuple[Tensor, ...]:
+    """Philox4x32 of int64 counter words as int32 bits; the key in decimal.
+
+    As text the key is a constant of a compiled loop; inductor fails on the 64-bit arithmetic of a symbolic one.
+    """
+    return tuple(word.to(torch.int32) for word in philox4x32((index, c1, c2, c3), int(key)))
 
 
 def sr_uniform(

@@ -11,18 +11,14 @@ from torch import Tensor
 
 from lightning_grad.nvfp4 import format as fmt
 from lightning_grad.nvfp4.format import BLOCK, NVFP4Tensor, ScaleRounding
-from lightning_grad.nvfp4.hadamard import butterfly_rows, transform_columns
+from lightning_grad.nvfp4.hadamard import transform_columns, transform_rows
 from lightning_grad.nvfp4.recipe import Draw, NVFP4Recipe, Operand, Packed, Transpose
-from lightning_grad.nvfp4.stream import ROLE_COLUMNS, both_bytes, column_byte_rows, column_bytes, row_bytes
-
-#: Key in decimal, and counter words 1 to 3. As text the key is a constant of a compiled quantizer; inductor fails on
-#: the 64-bit arithmetic of a symbolic one.
-Stream = tuple[str, Tensor, Tensor, Tensor]
+from lightning_grad.nvfp4.stream import gradient_bytes, philox_words, row_bytes
 
 
 def block_amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Largest magnitude over ``dims`` (kept), NaN-propagating."""
-    magnitude = x.abs()
+    """Largest magnitude over ``dims`` (kept) in fp32, NaN-propagating."""
+    magnitude = x.float().abs()
     if dims == (1, 3):
         magnitude, dims = magnitude.amax(1, keepdim=True), (3,)
     last = x.ndim - 1
@@ -45,115 +41,47 @@ def tensor_amax(blocks: Tensor) -> Tensor:
     return blocks.amax().reshape(1) if blocks.numel() else blocks.new_zeros(1)
 
 
-def _scaled(x: Tensor, dims: tuple[int, ...], rounding: ScaleRounding) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The input scaled to the E2M1 range and saturated, scale codes and values of its blocks, amax."""
+def _measure(x: Tensor, dims: tuple[int, ...], rounding: ScaleRounding) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scale codes of the blocks of ``x`` over ``dims``, their values, the factor to the E2M1 range, and the amax."""
     blocks = block_amax(x, dims)
     amax = tensor_amax(blocks)
-    codes, scales, factor = fmt.block_scales(blocks, amax, rounding)
-    # NaN may stay: the amax makes the whole product NaN
-    return (x * factor).clamp_(-fmt.E2M1_MAX, fmt.E2M1_MAX), codes, scales, amax
+    return *fmt.block_scales(blocks, amax, rounding), amax
 
 
-def operand(x: Tensor, dims: tuple[int, ...], rounding: ScaleRounding, k: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Quantize fp32 ``x`` in blocks over ``dims`` and decode without the per-tensor scale."""
-    y, _, scales, amax = _scaled(x, dims, rounding)
-    q = fmt.round_nearest_(y) if k is None else fmt.round_stochastic_(y, k)
-    return q.mul_(scales), amax
+# The loops over all elements. Each is one pass when compiled; the small tensors between them (block scales) and the
+# conversions of integers are faster in eager mode, where a compiler would leave vector code.
 
 
-def packed(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize fp32 ``x[G, 16, ...]`` to nearest and pack pairs along dimension 1."""
-    y, scale_codes, _, amax = _scaled(x, dims, "nearest")
-    y.nan_to_num_(fmt.E2M1_MAX)
-    codes = fmt.encode_e2m1(fmt.round_nearest_(y.clone()).copysign_(y))
-    low, high = codes.view(x.shape[0], BLOCK // 2, 2, *x.shape[2:]).unbind(2)
-    return low | (high << 4), scale_codes, amax
+def _to_range(x: Tensor, factor: Tensor) -> Tensor:
+    """The input scaled to the E2M1 range and saturated. NaN may stay: the amax makes the whole product NaN."""
+    return (x.float() * factor).clamp_(-fmt.E2M1_MAX, fmt.E2M1_MAX)
 
 
-def rows_operand(xb: Tensor, rounding: ScaleRounding, k: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Row operand of ``xb``, fp32 holding bf16 values."""
-    values, amax = operand(xb.view(-1, BLOCK), (1,), rounding, k)
-    return values.view(xb.shape), amax
+def round_blocks(x: Tensor, factor: Tensor, scales: Tensor) -> Tensor:
+    """Operand values of ``x`` rounded to nearest; ``factor`` and ``scales`` broadcast."""
+    return fmt.round_nearest_(_to_range(x, factor)).mul_(scales)
 
 
-def _groups(xb: Tensor, signs: tuple[int, ...] | None) -> Tensor:
-    groups = pad_rows(xb)
-    return groups if signs is None else transform_columns(groups, signs)
+def round_blocks_stochastic(x: Tensor, factor: Tensor, scales: Tensor, k: Tensor) -> Tensor:
+    """Operand values of ``x`` rounded stochastically with the random bytes ``k`` (fp32)."""
+    return fmt.round_stochastic_(_to_range(x, factor), k).mul_(scales)
 
 
-def _column_rows(
-    xb: Tensor, signs: tuple[int, ...] | None, rounding: ScaleRounding, ks: list[Tensor] | None
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Column form as 16 separate rows ``[G, C]`` on the E2M1 grid, scale codes and values, amax.
-
-    For compilers: with every step pointwise, transform, rounding and packing become one loop.
-    """
-    rows = list(pad_rows(xb).unbind(1))
-    if signs is not None:
-        rows = [fmt.to_bf16(r) for r in butterfly_rows([r * (0.25 * s) for r, s in zip(rows, signs, strict=True)])]
-    blocks = rows[0].abs()
-    for row in rows[1:]:
-        blocks = torch.maximum(blocks, row.abs())
-    amax = tensor_amax(blocks)
-    codes, scales, factor = fmt.block_scales(blocks, amax, rounding)
-    grid = []
-    for i, row in enumerate(rows):
-        y = (row * factor).clamp(-fmt.E2M1_MAX, fmt.E2M1_MAX)
-        y = y.nan_to_num(fmt.E2M1_MAX)
-        q = fmt.round_nearest_(y.clone()).copysign(y) if ks is None else fmt.round_stochastic_(y, ks[i])
-        grid.append(q)
-    return grid, codes, scales, amax
+def pack_blocks(x: Tensor, factor: Tensor) -> Tensor:
+    """Codes ``[G, 8, C]`` of ``x[G, 16, C]`` rounded to nearest, two rows a byte; see :func:`fmt.encode_pairs`."""
+    return fmt.encode_pairs(_to_range(x, factor))
 
 
-def activation(x: Tensor, signs: tuple[int, ...] | None, row: bool, column: bool) -> tuple[Tensor, ...]:
-    """Row operand and packed column form of a bf16 activation, as far as wanted: values, amax, codes, scales, amax."""
-    xb = fmt.to_bf16(x).contiguous()
-    out: tuple[Tensor, ...] = rows_operand(xb, "nearest", None) if row else ()
-    if not column:
-        return out
-    if torch.compiler.is_compiling():
-        grid, codes, _, amax = _column_rows(xb, signs, "nearest", None)
-        elements = [fmt.encode_e2m1(q) for q in grid]
-        pairs = [low | (high << 4) for low, high in zip(elements[::2], elements[1::2], strict=True)]
-        return *out, torch.stack(pairs, dim=1), codes, amax
-    packed_codes, scales, amax = packed(_groups(xb, signs), (1,))
-    return *out, packed_codes, scales[:, 0], amax
-
-
-def gradient(
-    dy: Tensor, signs: tuple[int, ...] | None, row: bool, column: bool, rounding: ScaleRounding, stream: Stream | None
-) -> tuple[Tensor, ...]:
-    """Row and column operands of a bf16 output gradient, as far as wanted: values, amax, values, amax."""
-    dyb = fmt.to_bf16(dy).contiguous()
-    if stream is None:
-        rounding = "nearest"
-    out: tuple[Tensor, ...] = ()
-    k_row = k_column = None
-    if stream is not None and row and column and not torch.compiler.is_compiling():
-        k_row, k_column = both_bytes(dyb.shape[0], dyb.shape[1], int(stream[0]), stream[1:], dyb.device)
-    elif stream is not None and row:
-        k_row = row_bytes(dyb.numel() // BLOCK, int(stream[0]), stream[1:], dyb.device)
-    if row:
-        out = rows_operand(dyb, rounding, k_row)
-    return (*out, *_gradient_columns(dyb, signs, rounding, stream, k_column)) if column else out
-
-
-def _gradient_columns(
-    dyb: Tensor, signs: tuple[int, ...] | None, rounding: ScaleRounding, stream: Stream | None, k: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Column operand of ``dyb``, fp32 holding bf16 values; ``k`` are the random bytes if they exist already."""
-    place: tuple[Any, ...] = ()
-    if stream is not None:
-        key, c1, c2, c3 = stream
-        counters = (c1, c2 | ROLE_COLUMNS, c3)
-        place = ((dyb.shape[0] + BLOCK - 1) // BLOCK, dyb.shape[1], int(key), counters, dyb.device)
-    if torch.compiler.is_compiling():
-        grid, _, scales, amax = _column_rows(dyb, signs, rounding, column_byte_rows(*place) if place else None)
-        return torch.stack([q * scales for q in grid], dim=1).flatten(0, 1), amax
-    if k is None and place:
-        k = column_bytes(*place)
-    values, amax = operand(_groups(dyb, signs), (1,), rounding, k)
-    return values.flatten(0, 1), amax
+def unpack_values(codes: Tensor, scale: Tensor) -> Tensor:
+    """Operand ``[R, C]`` of codes ``[R / 16, 8, C]`` and scale values ``[R / 16, C or C / 16]``."""
+    groups, _, columns = codes.shape
+    values = fmt.decode_pairs(codes).float()
+    scale = scale * 2.0**14
+    if scale.shape[1] == columns:
+        values = values.mul_(scale[:, None])
+    else:
+        values = values.view(groups, BLOCK, columns // BLOCK, BLOCK).mul_(scale[:, None, :, None])
+    return values.view(groups * BLOCK, columns)
 
 
 def _weight_blocks(weight: Tensor, two_d: bool, backward: bool) -> tuple[Tensor, tuple[int, ...]]:
@@ -165,44 +93,8 @@ def _weight_blocks(weight: Tensor, two_d: bool, backward: bool) -> tuple[Tensor,
     return (w.view(n // BLOCK, BLOCK, k), (1,)) if backward else (w.view(n * k // BLOCK, BLOCK), (1,))
 
 
-def weight_operand(weight: Tensor, two_d: bool, backward: bool) -> tuple[Tensor, Tensor]:
-    """Weight operand ``[N, K]``."""
-    blocks, dims = _weight_blocks(weight, two_d, backward)
-    values, amax = operand(blocks, dims, "nearest", None)
-    return values.view(weight.shape), amax
-
-
-def weight_packed(weight: Tensor, two_d: bool, backward: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed weight; a 1-D forward weight is packed transposed, because its blocks lie along K."""
-    if not two_d and not backward:
-        weight = weight.t()
-    blocks, dims = _weight_blocks(weight, two_d, backward=True)
-    codes, scales, amax = packed(blocks, dims)
-    return (codes.flatten(2), scales[:, 0, :, 0], amax) if two_d else (codes, scales[:, 0], amax)
-
-
-def unpack_values(codes: Tensor, scale: Tensor) -> Tensor:
-    """Operand ``[R, C]`` of codes ``[R / 16, 8, C]`` and scale values ``[R / 16, C or C / 16]``."""
-    groups, _, columns = codes.shape
-    if torch.compiler.is_compiling():
-        c = codes.to(torch.int32)
-        values = torch.stack((fmt.decode_operand(c & 15), fmt.decode_operand(c >> 4)), dim=2)
-    else:
-        values = torch.stack((fmt.decode_operand(codes & 15), fmt.decode_operand(codes >> 4)), dim=2)
-    if scale.shape[1] == columns:
-        values = values.view(groups, BLOCK, columns).mul_(scale[:, None])
-    else:
-        values = values.view(groups, BLOCK, columns // BLOCK, BLOCK).mul_(scale[:, None, :, None])
-    return values.view(groups * BLOCK, columns)
-
-
 def _signs(recipe: NVFP4Recipe) -> tuple[int, ...] | None:
     return recipe.hadamard_signs if recipe.rht else None
-
-
-def _narrow(x: Tensor) -> Tensor:
-    """Cast to bf16 outside a compiled quantizer, where it costs least; inside, :func:`fmt.to_bf16` does it safely."""
-    return x if torch.compiler.is_compiling() else x.to(torch.bfloat16)
 
 
 def finish(acc: Tensor, a: Operand, b: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -217,7 +109,8 @@ class TorchBackend:
     """fp32 GEMMs on decoded operands.
 
     Args:
-        compiled: Compile the quantizers with ``torch.compile`` (20 to 90 s once on a CPU; needs a C++ compiler).
+        compiled: Compile the loops over all elements with ``torch.compile`` (10 to 40 s once on a CPU; needs a C++
+            compiler).
     """
 
     name = "torch"
@@ -226,12 +119,48 @@ class TorchBackend:
         self.compiled = compiled
         self._cache: dict[Callable[..., Any], Callable[..., Any]] = {}
 
-    def _fn(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        if not self.compiled or torch.compiler.is_compiling():
+    def _compiles(self) -> bool:
+        """Whether loops are compiled here, rather than traced into a function that is being compiled, or run."""
+        return self.compiled and not torch.compiler.is_compiling()
+
+    def _loop(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if not self._compiles():
             return function
         if function not in self._cache:
             self._cache[function] = _compile(function)
         return self._cache[function]
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        """``x`` rounded to bf16: as bf16 for compiled loops, which read half the bytes, else as fp32."""
+        return (x.to(torch.bfloat16) if self._compiles() else fmt.to_bf16(x)).contiguous()
+
+    def _values(
+        self, x: Tensor, dims: tuple[int, ...], rounding: ScaleRounding, k: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Quantize ``x`` in blocks over ``dims`` and decode without the per-tensor scale."""
+        _, scales, factor, amax = _measure(x, dims, rounding)
+        if k is None:
+            return self._loop(round_blocks)(x, factor, scales), amax
+        return self._loop(round_blocks_stochastic)(x, factor, scales, k), amax
+
+    def _rows(self, xb: Tensor, rounding: ScaleRounding, k: Tensor | None) -> Operand:
+        values, amax = self._values(xb.view(-1, BLOCK), (1,), rounding, k)
+        return Operand(values.view(xb.shape), amax)
+
+    def _groups(self, xb: Tensor, signs: tuple[int, ...] | None) -> Tensor:
+        """Groups of 16 rows ``[R / 16, 16, C]``, transformed."""
+        groups = pad_rows(xb)
+        if signs is None:
+            return groups
+        return self._loop(transform_rows)(groups, signs) if self._compiles() else transform_columns(groups, signs)
+
+    def _packed(self, x: Tensor, dims: tuple[int, ...]) -> Packed:
+        """Quantize ``x[G, 16, ...]`` to nearest and pack pairs along dimension 1."""
+        codes, _, factor, amax = _measure(x, dims, "nearest")
+        if x.ndim == 4:
+            x, factor = x.flatten(2), factor.expand(-1, -1, -1, BLOCK).flatten(2)
+            codes = codes.flatten(2)
+        return Packed(self._loop(pack_blocks)(x, factor).to(torch.uint8), codes[:, 0], amax)
 
     def quantize(
         self,
@@ -260,28 +189,42 @@ class TorchBackend:
         self, x: Tensor, recipe: NVFP4Recipe, row: bool, column: bool
     ) -> tuple[Operand | None, Packed | None]:
         """Row operand and packed column form; see :class:`~lightning_grad.nvfp4.recipe.Backend`."""
-        out = self._fn(activation)(_narrow(x), _signs(recipe), row, column)
-        return Operand(*out[:2]) if row else None, Packed(*out[-3:]) if column else None
+        xb = self._narrow(x)
+        kept = self._packed(self._groups(xb, _signs(recipe)), (1,)) if column else None
+        return self._rows(xb, "nearest", None) if row else None, kept
 
     def gradient(
         self, dy: Tensor, recipe: NVFP4Recipe, row: bool, column: bool, draw: Draw | None
     ) -> tuple[Operand | None, Operand | None]:
         """Row and column operands of the output gradient."""
-        stream = None if draw is None else (str(draw.seed), *_words(draw, dy.device))
-        out = self._fn(gradient)(_narrow(dy), _signs(recipe), row, column, recipe.sr_scale, stream)
-        return Operand(*out[:2]) if row else None, Operand(*out[-2:]) if column else None
+        dyb = self._narrow(dy)
+        rounding: ScaleRounding = "nearest"
+        k_row = k_column = None
+        if draw is not None:
+            rounding = recipe.sr_scale
+            words = self._loop(philox_words)
+            rows_columns = (dyb.shape[0], dyb.shape[1])
+            k_row, k_column = gradient_bytes(rows_columns, (row, column), draw.seed, draw.counters, dyb.device, words)
+        rows = self._rows(dyb, rounding, k_row) if row else None
+        if not column:
+            return rows, None
+        values, amax = self._values(self._groups(dyb, _signs(recipe)), (1,), rounding, k_column)
+        return rows, Operand(values.flatten(0, 1), amax)
 
     def unpack(self, packed: Packed) -> Operand:
         """Operand of a packed matrix."""
-        return Operand(self._fn(unpack_values)(packed.codes, fmt.scale_values(packed.scales)), packed.amax)
+        return Operand(unpack_values(packed.codes, fmt.scale_values(packed.scales)), packed.amax)
 
     def pack_weight(self, weight: Tensor, recipe: NVFP4Recipe, backward: bool) -> Packed:
-        """Packed weight."""
-        return Packed(*self._fn(weight_packed)(weight, recipe.weight_2d, backward))
+        """Packed weight; a 1-D forward weight is packed transposed, because its blocks lie along K."""
+        if not recipe.weight_2d and not backward:
+            weight = weight.t()
+        return self._packed(*_weight_blocks(weight, recipe.weight_2d, backward=True))
 
     def weight(self, weight: Tensor, recipe: NVFP4Recipe, backward: bool) -> Operand:
-        """Weight operand without the packed form."""
-        return Operand(*self._fn(weight_operand)(weight, recipe.weight_2d, backward))
+        """Weight operand ``[N, K]`` without the packed form."""
+        values, amax = self._values(*_weight_blocks(weight, recipe.weight_2d, backward), "nearest", None)
+        return Operand(values.view(weight.shape), amax)
 
     def unpack_weight(self, packed: Packed, recipe: NVFP4Recipe, backward: bool) -> Operand:
         """Operand of a packed weight."""
@@ -293,11 +236,6 @@ class TorchBackend:
         left = a.values.t() if transpose == "tn" else a.values
         right = b.values.t() if transpose == "nt" else b.values
         return finish(torch.mm(left, right), a, b, bias, out_dtype)
-
-
-def _words(draw: Draw, device: torch.device) -> tuple[Tensor, ...]:
-    """Counter words as 0-d tensors: a compiled quantizer must not be specialised on the layer or the step."""
-    return tuple(torch.as_tensor(word, dtype=torch.int64, device=device) for word in draw.counters)
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:

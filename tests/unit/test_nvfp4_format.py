@@ -127,7 +127,19 @@ def test_special_values_of_the_rounder():
     assert fmt.decode_e2m1(torch.arange(16, dtype=torch.uint8)).tolist() == GRID + [-g for g in GRID]
     codes = torch.arange(16, dtype=torch.uint8)
     assert torch.equal(fmt.encode_e2m1(fmt.decode_e2m1(codes)), codes)
-    assert torch.equal(fmt.decode_operand(codes), fmt.decode_e2m1(codes))
+    assert fmt.encode_pairs(y[[3, 0, 1, 2, 4, 5, 0, 0] * 2].clamp(-6, 6).view(1, 16, 1)).flatten().tolist() == [
+        0x87, 0x78, 0x7F, 0x88, 0x87, 0x78, 0x7F, 0x88,
+    ]  # fmt: skip
+
+
+def test_packed_pairs_are_the_codes_of_the_elements():
+    y = torch.randn(3, 16, 5).mul_(3).clamp_(-6, 6)
+    codes = fmt.encode_e2m1(round_e2m1(y))
+    packed = fmt.encode_pairs(y.clone())
+    assert torch.equal(packed, codes[:, ::2] | (codes[:, 1::2] << 4))
+    every = torch.arange(256, dtype=torch.uint8).view(2, 8, 16)
+    want = fmt.decode_e2m1(torch.stack((every & 15, every >> 4), dim=2).view(2, 16, 16))
+    assert torch.equal(fmt.decode_pairs(every).float() * 2**14, want)
 
 
 def test_e4m3_codes_equal_the_cast_everywhere():
