@@ -109,7 +109,7 @@ class TorchBackend:
     """fp32 GEMMs on decoded operands.
 
     Args:
-        compiled: Compile the loops over all elements with ``torch.compile`` (10 to 40 s once on a CPU; needs a C++
+        compiled: Compile the loops over all elements with ``torch.compile`` (about 40 s once on a CPU; needs a C++
             compiler).
     """
 
