@@ -151,13 +151,20 @@ def _optimal(weights: Tensor, budget: int, low: Tensor, high: Tensor) -> Tensor:
     missing = budget - int(n.sum())
     while missing > 0:  # ties at the threshold can leave more units than the heap should handle at once
         gains = torch.where(n < high, weights.square() / (n.double() * (n + 1)), -1.0)
-        missing -= _finish(weights, n, high, gains, min(missing, 65536))
+        missing -= _finish(weights, n, high, gains, missing)
     return n
 
 
 def _finish(weights: Tensor, n: Tensor, high: Tensor, gains: Tensor, units: int) -> int:
     """Give ``units`` more samples greedily, in place; whoever gets one is among the ``units`` largest next gains."""
     order = torch.argsort(gains, descending=True, stable=True)[:units]
+    n_next = n[order] + 1
+    after = torch.where(n_next < high[order], weights[order].square() / (n_next.double() * (n_next + 1)), -1.0)
+    if len(order) == units and float(after.max()) < float(gains[order[-1]]) and float(gains[order[-1]]) >= 0:
+        n[order] = n_next  # nobody's second unit comes before somebody's first
+        return units
+    units = min(units, 65536)  # the heap is slow; the rest comes in the next round
+    order = order[:units]
     heap = [(-gain, index) for gain, index in zip(gains[order].tolist(), order.tolist(), strict=True) if gain >= 0]
     heapq.heapify(heap)
     counts = {index: int(n[index]) for _, index in heap}

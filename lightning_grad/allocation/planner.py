@@ -75,7 +75,8 @@ class AllocationRule:
         """``shrink`` with its default: pilots are too noisy for the small gain of the reward objectives."""
         if self.shrink is not None:
             return self.shrink
-        return 0.0 if self.objective == "em" else 0.5
+        # 8 pilots on the toy: the worst plan of 60 has 1.013 of the variance of an even split; with 0.5, 1.056
+        return 0.0 if self.objective == "em" else 0.75
 
     def weights(self, history: PromptHistory) -> Tensor:
         """Allocation weights ``[m]`` from the history."""

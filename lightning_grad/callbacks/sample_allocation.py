@@ -9,20 +9,20 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad._lightning import refuse_twin
-from lightning_grad._validate import check_choice, check_int, check_range
-from lightning_grad.allocation.e_step import EStep, Iteration, PilotMode, Processes, seed_for
+from lightning_grad._validate import check_choice, check_range
+from lightning_grad.allocation.e_step import EStep, Iteration, PilotMode, Processes
 from lightning_grad.allocation.estimators import AdvantageKind, Estimator
-from lightning_grad.allocation.history import Moment, PromptHistory
+from lightning_grad.allocation.history import Moment
 from lightning_grad.allocation.integer import Rounding
 from lightning_grad.allocation.planner import AllocationRule, Cost
 from lightning_grad.allocation.sample_weights import ZeroPolicy
 from lightning_grad.allocation.scoring import GradNorm, needed_method
+from lightning_grad.callbacks._prompt_allocation import IterationSettings, PromptAllocation
 from lightning_grad.callbacks._supervised_allocation import ScoreHistory
 from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts, log_histogram, log_scalars
 from lightning_grad.data.rollouts import RolloutLoader, SamplingModule
@@ -64,7 +64,7 @@ class DynamicSampleAllocation(TensorBoardCharts):
         beta: Its exponent, >= 1.
         prior: Beta prior of the acceptance rates; ``None``: none.
         zero_policy: ``"keep"`` gives prompts without an accepted pilot the median norm, ``"drop"`` no samples.
-        shrink: Mix of the weights with uniform, in [0, 1]. ``None``: 0 for ``em``, 0.5 for the reward objectives.
+        shrink: Mix of the weights with uniform, in [0, 1]. ``None``: 0 for ``em``, 0.75 for the reward objectives.
         min_samples: Least samples per prompt, >= 0.
         max_samples: Most samples per prompt.
         rounding: ``"optimal"`` integers or the ``"largest_remainder"`` rule.
@@ -133,21 +133,14 @@ class DynamicSampleAllocation(TensorBoardCharts):
         self._settings = hashlib.sha256(repr(sorted(settings.items(), key=str)).encode()).hexdigest()
         check_choice("objective", objective, ("em", "reward", "reward_baseline", *_SUPERVISED))
         self.supervised = objective in _SUPERVISED
-        self.samples_per_prompt = check_range("samples_per_prompt", samples_per_prompt, 0.0, float("inf"), "()")
-        self.budget = None if budget is None else check_int("budget", budget, 1)
         self.objective = objective
-        self.history_decay = check_range("history_decay", history_decay, 0.0, 1.0)
-        self.warmup_iterations = check_int("warmup_iterations", warmup_iterations, 0)
-        self.prompts_per_iteration = prompts_per_iteration
-        if prompts_per_iteration is not None:
-            check_int("prompts_per_iteration", prompts_per_iteration, 1)
-        self.steps_per_iteration = check_int("steps_per_iteration", steps_per_iteration, 1)
-        self.every_n_epochs = check_int("every_n_epochs", every_n_epochs, 1)
         self.uniform_mix = check_range("uniform_mix", uniform_mix, 0.0, 1.0)
         self.activate_below = check_range("activate_below", activate_below, 0.0, float("inf"), "[)")
-        self.patience_empty = check_int("patience_empty", patience_empty, 1)
         self.log_histograms, self.save_rollouts = log_histograms, save_rollouts
-        self.seed = check_int("seed", seed, 0)
+        self.settings = IterationSettings(
+            samples_per_prompt, budget, history_decay, warmup_iterations, prompts_per_iteration, steps_per_iteration,
+            every_n_epochs, patience_empty, seed,
+        )  # fmt: skip
         self.rule = AllocationRule(
             "em" if self.supervised else objective,  # type: ignore[arg-type]
             alpha, beta, None if prior is None else (prior[0], prior[1]), zero_policy, shrink, min_samples, max_samples,
@@ -163,17 +156,22 @@ class DynamicSampleAllocation(TensorBoardCharts):
                 f" samples_per_prompt={samples_per_prompt:g}; use fewer pilots or 'discard'."
             )
         self.iteration = -1
-        self.generated = 0
-        self.plan: Tensor | None = None
-        self.history: PromptHistory | None = None
-        self._pass = 0  # epochs on the samples of this iteration, before the running one
         self._position = 0  # batches done
-        self._empty = 0
-        self._loader: RolloutLoader | None = None
+        self._prompts: PromptAllocation | None = None
         self._scores: ScoreHistory | None = None
         self._who = Processes()
         self._restored: dict[str, Any] | None = None
         self._prepared = False
+
+    @property
+    def plan(self) -> Tensor | None:
+        """Samples of each prompt of the running iteration; ``None`` before the first."""
+        return None if self._prompts is None else self._prompts.plan
+
+    @property
+    def generated(self) -> int:
+        """Samples drawn since the start of the run, pilots included."""
+        return 0 if self._prompts is None else self._prompts.generated
 
     @classmethod
     def reference(cls, **changes: Any) -> DynamicSampleAllocation:
@@ -197,6 +195,7 @@ class DynamicSampleAllocation(TensorBoardCharts):
             "alloc": {
                 "predicted variance, 1 = even split": ["alloc/variance_ratio"],
                 "samples of a prompt": ["alloc/n_min", "alloc/n_max"],
+                "budget": ["alloc/budget", "alloc/pilot_generated"],
                 "acceptance": ["alloc/acceptance_rate", "alloc/zero_accept_frac", "alloc/missing_frac"],
                 "acceptance by difficulty": ["alloc/acceptance_difficulty_*"],
             }
@@ -216,7 +215,7 @@ class DynamicSampleAllocation(TensorBoardCharts):
         self._who = _processes(trainer)
         loader = getattr(getattr(trainer, "datamodule", None), "loader", None)
         if isinstance(loader, RolloutLoader):
-            loader.steps_per_iteration = self.steps_per_iteration
+            loader.steps_per_iteration = self.settings.steps_per_iteration
         if self.supervised:
             return
         name = type(pl_module).__name__
@@ -243,36 +242,13 @@ class DynamicSampleAllocation(TensorBoardCharts):
                 " allocation is made."
             )
         if isinstance(loader, AllocatedLoader):
-            kind, seed = self.objective, self.seed
-            self._scores = ScoreHistory(loader, kind, self.history_decay, self.uniform_mix, self.activate_below, seed)
+            kind, decay, seed = self.objective, self.settings.history_decay, self.settings.seed
+            self._scores = ScoreHistory(loader, kind, decay, self.uniform_mix, self.activate_below, seed)
         else:
-            self._prepare_prompts(loader)
+            self._prompts = PromptAllocation(loader, self.e_step, self.settings, self._who)
         if self._restored is not None:
             state, self._restored = self._restored, None
             self._resume(trainer, pl_module, state)
-
-    def _prepare_prompts(self, loader: RolloutLoader) -> None:
-        if len(loader) != self.steps_per_iteration:
-            raise MisconfigurationException(
-                f"the RolloutLoader has steps_per_iteration={len(loader)}, DynamicSampleAllocation"
-                f" {self.steps_per_iteration}. Give both the same."
-            )
-        m = len(loader.prompts)
-        if self.prompts_per_iteration is not None and self.prompts_per_iteration > m:
-            raise MisconfigurationException(
-                f"prompts_per_iteration={self.prompts_per_iteration} exceeds the {m} prompts of the data."
-            )
-        self._loader = loader
-        if self.rule.floor > self.rule.min_samples:
-            rank_zero_info("DynamicSampleAllocation: min_samples is 2, which a baseline from other samples needs.")
-        at_least = self.e_step.pilot_samples if self.e_step.pilot_mode == "reuse" else 0
-        k = self.prompts_per_iteration or m
-        self.rule.even(k, self._budget(k), at_least=at_least)  # raises if the bounds do not admit the budget
-        if self.history is None or self.history.num_prompts != m:
-            self.history = PromptHistory(m, self.history_decay, self.e_step.moment)
-
-    def _budget(self, num_prompts: int) -> int:
-        return self.budget if self.budget is not None else round(self.samples_per_prompt * num_prompts)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -291,131 +267,40 @@ class DynamicSampleAllocation(TensorBoardCharts):
                 score = _score_by_module(pl_module, batch)
             self._scores.add(batch["index"], score)
             self._position = self._scores.loader.position
-        elif self._loader is not None:
-            self._position = self._loader.position
+        elif self._prompts is not None:
+            self._position = self._prompts.loader.position
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the next epoch: new samples, or another pass over those that are there."""
+        """Start the next epoch."""
         if self._scores is not None:
             self.iteration += 1
             self._scores.fold(self._who)
-            report = self._scores.plan(self.iteration, self.iteration < self.warmup_iterations)
+            report = self._scores.plan(self.iteration, self.iteration < self.settings.warmup_iterations)
             log_scalars(trainer, {f"alloc/{name}": value for name, value in report.items()})
-        elif self._loader is not None and self._loader.items is not None and self._pass + 1 < self.every_n_epochs:
-            self._pass += 1
-            self._loader.reshuffle(self._order_seed())
-        else:
-            self.iteration += 1
-            self._pass = 0
-            done = self._generate(pl_module, None)
-            self._remember(trainer, done)
+        elif self._prompts is not None:
+            done = self._prompts.begin(pl_module)
+            self.iteration = self._prompts.iteration
+            if done is not None:
+                self._log(trainer, done, self._prompts)
         self._position = 0
 
-    def _order_seed(self) -> int:
-        return seed_for(self.seed, self.iteration, self._who.rank, self._pass, 2)
-
-    def _prompts_now(self) -> Tensor:
-        """Indices of the prompts of this iteration: slices of a permutation, drawn anew when it is used up."""
-        assert self._loader is not None
-        m = len(self._loader.prompts)
-        k = self.prompts_per_iteration or m
-        if k == m:
-            return torch.arange(m)
-        turn, place = divmod(self.iteration, m // k)
-        order = torch.randperm(m, generator=torch.Generator().manual_seed(seed_for(self.seed, turn)))
-        return order[place * k : (place + 1) * k]
-
-    def _generate(self, pl_module: pl.LightningModule, counts: Tensor | None) -> Iteration:
-        assert self._loader is not None
-        assert self.history is not None
-        chosen = self._prompts_now()
-        modes = {module: module.training for module in pl_module.modules()}
-        pl_module.eval()
-        try:
-            with isolate_rng(), torch.no_grad():
-                torch.manual_seed(seed_for(self.seed, self.iteration, self._who.rank, 3))
-                done = self.e_step.run(
-                    pl_module,  # type: ignore[arg-type]
-                    [self._loader.prompts[i] for i in chosen.tolist()],
-                    self.history.of(chosen),
-                    self._budget(len(chosen)),
-                    seed=seed_for(self.seed, self.iteration),
-                    uniform=self.iteration < self.warmup_iterations,
-                    counts=counts,
-                    processes=self._who,
-                )
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        self._fill(done.items, 0)
-        return done
-
-    def _fill(self, items: dict[str, Tensor], position: int) -> None:
-        assert self._loader is not None
-        # each micro-batch estimates the gradient of the whole iteration, after the mean over processes
-        scale = self.steps_per_iteration * self._who.world
-        scaled = items | {"weight": (items["weight"] * scale)}
-        self._loader.fill(scaled, self._order_seed(), position)
-
-    def _remember(self, trainer: pl.Trainer, done: Iteration) -> None:
-        assert self.history is not None
-        chosen = self._prompts_now()
-        self.history.visit(chosen, done.sums)
-        self.plan = done.plan.counts
-        self.generated += int(done.report["generated"])
-        self._watch(done)
+    def _log(self, trainer: pl.Trainer, done: Iteration, prompts: PromptAllocation) -> None:
         values = {f"alloc/{name}": value for name, value in done.report.items() if name not in _NOT_LOGGED}
-        values["alloc/generated_total"] = float(self.generated)
-        log_scalars(trainer, values | self._by_difficulty(chosen, done.sums))
+        values["alloc/generated_total"] = float(prompts.generated)
+        log_scalars(trainer, values | prompts.by_difficulty(done.sums))
         if self.log_histograms:
             log_histogram(trainer, "alloc/hist_n", done.plan.counts)
             log_histogram(trainer, "alloc/hist_p", done.plan.p)
             log_histogram(trainer, "alloc/hist_grad_norm", done.plan.grad_norm)
 
-    def _by_difficulty(self, chosen: Tensor, sums: Tensor) -> dict[str, float]:
-        assert self._loader is not None
-        if self._loader.difficulty is None:
-            return {}
-        level = self._loader.difficulty[chosen]
-        values = {}
-        for k in level.unique().tolist():
-            hits, trials = sums[level == k][:, :2].sum(0).tolist()
-            if trials:
-                values[f"alloc/acceptance_difficulty_{k}"] = hits / trials
-        return values
-
-    def _watch(self, done: Iteration) -> None:
-        if done.report["unscorable"]:
-            rank_zero_warn(
-                f"DynamicSampleAllocation: {done.report['unscorable']:.0f} samples of iteration {self.iteration} have a"
-                " reward that is not finite; they count as not drawn."
-            )
-        if done.plan.fallback:
-            rank_zero_warn(
-                "DynamicSampleAllocation: no prompt has a positive, finite weight; samples are split evenly."
-            )
-        if done.report["accepted"]:
-            self._empty = 0
-            return
-        self._empty += 1
-        if self._empty >= self.patience_empty:
-            raise RuntimeError(
-                f"DynamicSampleAllocation: no sample was accepted in {self._empty} iterations in a row. Use easier"
-                " prompts, more samples_per_prompt or a lower accept_threshold."
-            )
-        rank_zero_warn(f"DynamicSampleAllocation: no sample of iteration {self.iteration} was accepted.")
-
     @override
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {
-            "version": 1, "iteration": self.iteration, "pass": self._pass, "position": self._position,
-            "generated": self.generated, "empty": self._empty, "settings": self._settings, "plan": self.plan,
-            "history": None if self.history is None else self.history.state_dict(), "rollouts": None,
+            "version": 1, "iteration": self.iteration, "pass": 0, "position": self._position, "generated": 0,
+            "empty": 0, "settings": self._settings, "plan": None, "history": None, "rollouts": None,
             "scores": None if self._scores is None else self._scores.state_dict(self._who),
         }  # fmt: skip
-        if self.save_rollouts and self._loader is not None and self._loader.items is not None:
-            state["rollouts"] = _gathered(self._loader.items, self._who)
-        return state
+        return state if self._prompts is None else state | self._prompts.state_dict(self.save_rollouts)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -429,35 +314,20 @@ class DynamicSampleAllocation(TensorBoardCharts):
     def _resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any]) -> None:
         if state["settings"] != self._settings:
             rank_zero_warn("DynamicSampleAllocation: the checkpoint was written with other settings; these are used.")
-        self.iteration, self._pass, self._position = state["iteration"], state["pass"], state["position"]
-        self.generated, self._empty, self.plan = state["generated"], state["empty"], state["plan"]
-        if self.history is not None and state["history"] is not None:
-            self.history.load_state_dict(state["history"])
+        self.iteration, self._position = state["iteration"], state["position"]
         if self._scores is not None:
             self._scores.load_state_dict(state["scores"], self._who, self._position)
-        steps = int(trainer.num_training_batches)
-        finished = self.iteration < 0 or self._position >= steps
-        needed = not finished or self._pass + 1 < self.every_n_epochs  # this epoch's rest, or further passes
-        if self._loader is not None and self.iteration >= 0 and needed:
-            self._refill(pl_module, state["rollouts"])
+        finished = self.iteration < 0 or self._position >= int(trainer.num_training_batches)
+        if self._prompts is not None:
+            self._prompts.load_state_dict(state)
+            # for this epoch's rest, or further passes
+            if self.iteration >= 0 and (not finished or self._prompts.more_passes):
+                self._prompts.refill(pl_module, state["rollouts"], self._position)
         if finished:  # Lightning may go on with the next epoch without announcing it
             self._begin(trainer, pl_module)
             self._prepared = True
         elif self._position == 0:
             self._prepared = True
-
-    def _refill(self, pl_module: pl.LightningModule, saved: list[dict[str, Tensor]] | None) -> None:
-        assert self._loader is not None
-        if saved is not None and len(saved) == self._who.world:
-            self._loader.fill(saved[self._who.rank], self._order_seed(), self._position)
-            return
-        rank_zero_warn(
-            "DynamicSampleAllocation: the checkpoint holds no samples for this run; they are generated anew by the"
-            " model as it is now. save_rollouts=True makes a run resumed in mid-epoch exact."
-        )
-        position = self._position
-        self._generate(pl_module, self.plan)
-        self._loader.reshuffle(self._order_seed(), position)
 
 
 def _score_by_module(pl_module: pl.LightningModule, batch: Any) -> Tensor:
@@ -482,11 +352,3 @@ def _processes(trainer: pl.Trainer) -> Processes:
         return total.cpu()
 
     return Processes(trainer.global_rank, trainer.world_size, add)
-
-
-def _gathered(items: dict[str, Tensor], who: Processes) -> list[dict[str, Tensor]]:
-    if who.world == 1:
-        return [items]
-    everyone: list[Any] = [None] * who.world
-    dist.all_gather_object(everyone, items)
-    return everyone

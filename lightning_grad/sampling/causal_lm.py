@@ -12,8 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_grad._validate import check_choice, check_int, check_range
+from lightning_grad.allocation.e_step import seed_for
 from lightning_grad.data.rollouts import RolloutBatch, clipped_policy_loss, weighted_policy_loss
 from lightning_grad.sampling import generation
+from lightning_grad.sampling.metrics import AcceptanceRate
 from lightning_grad.sampling.prompt_file import Prompt
 from lightning_grad.sampling.rewards import RewardFn, resolve_reward, score
 
@@ -29,7 +31,8 @@ class CausalLMSamplingModule(pl.LightningModule):
     :math:`\sum_j v_j c_j (-\log \pi(y_j))` with the weights and coefficients of the callback's objective. A model that
     is loaded by name is in evaluation mode and stays there: no dropout, in training neither.
 
-    Logs ``train/loss`` and ``train/completion_length``.
+    Logs ``train/loss`` and ``train/completion_length``; with validation prompts ``val/accuracy``, the acceptance rate
+    of samples for them, drawn with the same numbers each time.
 
     Args:
         model: Folder or hub name of a checkpoint, or a model.
@@ -44,6 +47,8 @@ class CausalLMSamplingModule(pl.LightningModule):
             ``every_n_epochs > 1``. ``None``: the plain loss.
         chat_template: Present a text as a user's message, by the tokenizer's chat template.
         dtype: Of the weights that are loaded.
+        val_samples: Samples of each validation prompt, >= 1.
+        accept_threshold: A validation sample is accepted if its reward is above.
         progress: Show a bar while generating.
 
     Raises:
@@ -63,6 +68,8 @@ class CausalLMSamplingModule(pl.LightningModule):
         clip_ratio: float | None = None,
         chat_template: bool = False,
         dtype: DType = "float32",
+        val_samples: int = 1,
+        accept_threshold: float = 0.5,
         progress: bool = True,
     ) -> None:
         super().__init__()
@@ -71,6 +78,9 @@ class CausalLMSamplingModule(pl.LightningModule):
         self.generation_batch_size = check_int("generation_batch_size", generation_batch_size, 1)
         self.lr = check_range("lr", lr, 0.0, 1e10, "(]")
         self.clip_ratio = None if clip_ratio is None else check_range("clip_ratio", clip_ratio, 0.0, 1.0, "()")
+        self.val_samples = check_int("val_samples", val_samples, 1)
+        self.accept_threshold = accept_threshold
+        self.val_accuracy = AcceptanceRate()
         self.chat_template, self.progress = chat_template, progress
         check_choice("dtype", dtype, get_args(DType))
         self.reward = resolve_reward(reward)
@@ -224,6 +234,15 @@ class CausalLMSamplingModule(pl.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=n)
         self.log("train/completion_length", batch["completion_mask"].sum(1).float().mean(), batch_size=n)
         return loss
+
+    def validation_step(self, batch: dict[str, list[Any]], batch_idx: int) -> None:
+        """Sample for held-out prompts; one that cannot be judged is left out."""
+        prompts = [Prompt(text, answer) for text, answer in zip(batch["text"], batch["answer"], strict=True)]
+        generator = torch.Generator().manual_seed(seed_for(batch_idx, self.global_rank))
+        reward = self.sample(prompts, torch.full((len(prompts),), self.val_samples), generator).reward
+        accepted = reward[torch.isfinite(reward)] > self.accept_threshold
+        self.val_accuracy.update(accepted.to(self.device))
+        self.log("val/accuracy", self.val_accuracy, prog_bar=True, on_epoch=True, batch_size=len(prompts))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW without weight decay."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from lightning_grad._validate import check_int
 from lightning_grad.sampling.data_module import RolloutDataModule
 
@@ -35,6 +37,8 @@ class JSONLPrompts(RolloutDataModule):
         answer_key: Where the answer is: a text or a number.
         difficulty_key: Where the difficulty is.
         limit: Read the first so many prompts only, >= 1.
+        val_path: A file of held-out prompts; the model is validated on samples for them.
+        val_batch_size: Held-out prompts of a validation batch, >= 1.
 
     Raises:
         ValueError: A line is not as it should be; the message has its number.
@@ -47,11 +51,26 @@ class JSONLPrompts(RolloutDataModule):
         answer_key: str = "answer",
         difficulty_key: str = "difficulty",
         limit: int | None = None,
+        val_path: str | None = None,
+        val_batch_size: int = 64,
     ) -> None:
         if limit is not None:
             check_int("limit", limit, 1)
-        prompts, levels = read_prompts(path, prompt_key, answer_key, difficulty_key, limit)
+        self.val_batch_size = check_int("val_batch_size", val_batch_size, 1)
+        keys = (prompt_key, answer_key, difficulty_key)
+        self.val_prompts = [] if val_path is None else read_prompts(val_path, *keys)[0]
+        prompts, levels = read_prompts(path, *keys, limit)
         super().__init__(prompts, levels)
+
+    def val_dataloader(self) -> Any:
+        """Held-out prompts; nothing without ``val_path``."""
+        if not self.val_prompts:
+            return []
+        return DataLoader(self.val_prompts, batch_size=self.val_batch_size, collate_fn=_as_lists)  # type: ignore[arg-type]
+
+
+def _as_lists(prompts: list[Prompt]) -> dict[str, list[Any]]:
+    return {"text": [p.text for p in prompts], "answer": [p.answer for p in prompts]}
 
 
 def read_prompts(

@@ -19,7 +19,8 @@ from lightning_grad._validate import check_choice, check_int
 HeadNormMethod = Literal["auto", "direct", "gram", "sketch", "token"]
 
 _DIRECT_LIMIT = 4_000_000  # elements of one sample's V x d gradient that "auto" is willing to form
-_CHUNK_BYTES = 256 * 2**20
+_CHUNK_BYTES = {"cpu": 16 * 2**20}  # small enough to stay in the allocator's cache; elsewhere:
+_CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 
 
 def head_grad_norm(
@@ -58,7 +59,13 @@ def head_grad_norm(
     if method == "auto":
         method = _cheapest(length, vocabulary, width)
     sketch = _sketch(vocabulary, sketch_dim, logits, generator) if method == "sketch" else None
-    chunk = max(1, _CHUNK_BYTES // max(1, 4 * length * vocabulary))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if not rows:
+        return torch.zeros(0, dtype=dtype, device=logits.device)
+    limit = _CHUNK_BYTES.get(logits.device.type, _CHUNK_BYTES_ELSEWHERE)
+    chunk = min(rows, max(1, limit // max(1, dtype.itemsize * length * vocabulary)))
+    # fresh memory for every chunk would cost more, in page faults, than the arithmetic
+    buffer = torch.empty(chunk, length, vocabulary, dtype=dtype, device=logits.device)
     parts = [
         _squared_norm(
             hidden[i : i + chunk],
@@ -67,11 +74,13 @@ def head_grad_norm(
             mask[i : i + chunk],
             bias,
             method,
+            sketch_dim,
             sketch,
+            buffer[: len(logits[i : i + chunk])],
         )
         for i in range(0, rows, chunk)
     ]
-    return torch.cat(parts).clamp_min(0.0).sqrt() if parts else logits.new_zeros(0)
+    return torch.cat(parts).clamp_min(0.0).sqrt()
 
 
 def _cheapest(length: int, vocabulary: int, width: int) -> HeadNormMethod:
@@ -81,9 +90,21 @@ def _cheapest(length: int, vocabulary: int, width: int) -> HeadNormMethod:
 
 
 def _sketch(vocabulary: int, size: int, like: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    bucket = torch.randint(size, (vocabulary,), generator=generator)
+    """A sign for every token, and by how much each block of ``size`` tokens is turned around in the buckets."""
     sign = torch.randint(2, (vocabulary,), generator=generator) * 2 - 1
-    return bucket.to(like.device), torch.stack([sign, torch.full_like(sign, size)]).to(like.device)
+    return sign.to(like.device), torch.randint(size, (-(-vocabulary // size),), generator=generator)
+
+
+def _hashed(delta: Tensor, size: int, sketch: tuple[Tensor, Tensor]) -> Tensor:
+    """``delta [n, R, V]`` in signed buckets ``[n, R, size]``; block by block, as one pass over contiguous memory."""
+    sign, turns = sketch[0].to(delta.dtype), sketch[1].tolist()
+    buckets = delta.new_zeros(*delta.shape[:2], size)
+    for block, signs, turn in zip(delta.split(size, -1), sign.split(size), turns, strict=True):
+        before = min(size - turn, len(signs))
+        buckets[..., turn : turn + before].addcmul_(block[..., :before], signs[:before])
+        after = len(signs) - before
+        buckets[..., :after].addcmul_(block[..., before:], signs[before:])
+    return buckets
 
 
 def _squared_norm(
@@ -93,20 +114,21 @@ def _squared_norm(
     mask: Tensor,
     bias: bool,
     method: HeadNormMethod,
+    sketch_dim: int,
     sketch: tuple[Tensor, Tensor] | None,
+    buffer: Tensor,
 ) -> Tensor:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    delta = torch.softmax(logits.to(dtype), dim=-1).neg_()
-    delta.scatter_add_(-1, targets[..., None], torch.ones_like(targets[..., None], dtype=dtype))
-    delta.mul_(mask[..., None])
+    dtype = buffer.dtype
+    delta = torch.softmax(logits.detach().to(dtype), dim=-1, out=buffer)  # the sign does not matter
+    delta.scatter_add_(-1, targets[..., None], torch.full_like(targets[..., None], -1.0, dtype=dtype))
+    mask = mask.to(dtype)
     if method == "token":
-        return delta.square().sum((1, 2))
-    hidden = hidden.to(dtype)
-    total = delta.sum(1).square().sum(1) if bias else torch.zeros_like(delta[:, 0, 0])
+        return (delta.square().sum(2) * mask).sum(1)
+    # another pass over all logits would cost as much as the rest, so the mask goes to what is small
+    hidden = hidden.to(dtype) * mask[..., None]
+    total = (mask[:, None] @ delta).square().sum((1, 2)) if bias else torch.zeros_like(hidden[:, 0, 0])
     if method == "gram":
         return total + (delta @ delta.mT).mul_(hidden @ hidden.mT).sum((1, 2))
     if sketch is not None:
-        bucket, (sign, size) = sketch[0], sketch[1]
-        buckets = delta.new_zeros(*delta.shape[:2], int(size[0]))
-        delta = buckets.index_add_(2, bucket, delta * sign.to(dtype))
+        delta = _hashed(delta, sketch_dim, sketch)
     return total + (delta.mT @ hidden).square().sum((1, 2))

@@ -203,6 +203,26 @@ def test_rewards_that_fail(checkpoint, file):
         fit(unsolved, file, epochs=4)
 
 
+def test_held_out_accuracy(checkpoint, file):
+    model, seen = make(checkpoint, val_samples=3), []
+
+    def reward(prompts, completions, references):
+        values = [float("nan"), 1.0, *tiny_lm.first_digit(prompts[2:], completions[2:], references[2:])]
+        seen.append((completions, values[1:]))
+        return values
+
+    model.reward = reward
+    runner, data = quiet_trainer(), JSONLPrompts(file, val_path=file, val_batch_size=4)
+    (logged,) = runner.validate(model, data, verbose=False)
+    assert [len(completions) for completions, _ in seen] == [12, 6]
+    values = [v for _, part in seen for v in part]
+    assert logged["val/accuracy"] == pytest.approx(sum(values) / len(values))
+    runner.validate(model, data, verbose=False)
+    assert seen[2:] == seen[:2]
+    runner.fit_loop.max_epochs = 1
+    assert JSONLPrompts(file).val_dataloader() == []
+
+
 CONFIG = """
 trainer:
   accelerator: cpu

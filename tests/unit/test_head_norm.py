@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lightning_grad.statistics import head_norm
 from lightning_grad.statistics.head_norm import head_grad_norm
 
 
@@ -54,6 +55,21 @@ def test_sketch_is_unbiased_for_the_squared_norm():
     truth = head_grad_norm(hidden, logits, targets, mask, method="gram").square()
     assert bool(((draws.mean(0) - truth).abs() < 5 * draws.std(0) / 20).all())
     assert bool((draws.std(0) / truth < 2 * (2 / 16) ** 0.5).all())
+
+
+@pytest.mark.parametrize("method", ["gram", "direct", "sketch", "token"])
+def test_samples_are_independent_of_the_chunk_they_are_in(method, monkeypatch):
+    hidden, weight, b, targets, mask = problem()
+    logits = (hidden @ weight.T + b).detach()
+
+    def norms():
+        gen = torch.Generator().manual_seed(0)
+        kw = {"method": method, "bias": True, "sketch_dim": 4, "generator": gen}
+        return head_grad_norm(hidden, logits, targets, mask, **kw)
+
+    whole = norms()
+    monkeypatch.setitem(head_norm._CHUNK_BYTES, "cpu", 2 * 8 * 7 * 11)
+    torch.testing.assert_close(norms(), whole, rtol=1e-12, atol=0)
 
 
 def test_token_norms_have_the_closed_form():

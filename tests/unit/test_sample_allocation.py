@@ -28,7 +28,7 @@ class Spy(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 0:
             self.plans.append(self.allocation.plan)
-            self.items = self.allocation._loader.items
+            self.items = self.allocation._prompts.loader.items
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.grads.append(torch.cat([p.grad.flatten() for p in pl_module.parameters()]).clone())
