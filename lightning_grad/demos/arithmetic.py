@@ -168,7 +168,7 @@ class ChainTransformer(nn.Module):
         return torch.stack(tokens, 1), torch.stack(logprobs, 1)
 
 
-def train_base(model: ChainTransformer, steps: int = 800, seed: int = 0, batch_size: int = 128) -> None:
+def train_base(model: Any, steps: int = 800, seed: int = 0, batch_size: int = 128) -> None:
     """Teach the model to imitate :func:`demonstrations`; 800 steps take about a minute on one core.
 
     AdamW, learning rate 4e-3 with 50 steps of warm-up and a cosine to 0, gradient norm clipped to 1.

@@ -203,6 +203,13 @@ def test_rewards_that_fail(checkpoint, file):
         fit(unsolved, file, epochs=4)
 
 
+def test_progress_is_shown_and_can_be_switched_off(checkpoint, file, capsys):
+    for progress in (True, False):
+        fit(make(checkpoint, progress=progress), file, epochs=1, trainer={"enable_progress_bar": True})
+        err = capsys.readouterr().err
+        assert ("Generating" in err) == progress
+
+
 def test_held_out_accuracy(checkpoint, file):
     model, seen = make(checkpoint, val_samples=3), []
 
