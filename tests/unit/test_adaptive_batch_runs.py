@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad import AdaptiveBatchSize, BatchSizeLRScaler, NoiseScale, NormTest
 from lightning_grad.callbacks import _batch_checks
+from lightning_grad.demos import DigitsData, DigitsMLP
 from tests.unit.test_adaptive_batch_size import Mean, Net, fit, scripted, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -180,6 +181,35 @@ def test_a_small_target_is_overshot_by_no_more_than_its_rounding(estimator, part
     size, target = reached(Quiet, estimator)
     assert target == pytest.approx(1.0, rel=0.05)
     assert 0.25 / 9 < size - target < (parts / 2 + 0.5) / 9
+
+
+class AdaGradDigits(DigitsMLP):
+    def configure_optimizers(self):
+        return torch.optim.Adagrad(self.parameters(), lr=0.05)
+
+
+@pytest.mark.slow
+def test_digits_are_learnt_as_well_in_far_fewer_steps():
+    """AdaGrad from batches of 8: mean accuracy of four seeds within 1 % of that with the fixed batch, as specified.
+
+    One image of 449 in one of the four runs is 0.06 %. Six seeds gave 0.981 and 0.976, 3360 steps and about 200.
+    """
+    found = {False: [], True: []}
+    for seed, adaptive in itertools.product(range(4), found):
+        pl.seed_everything(seed, verbose=False)
+        callback, sizes = AdaptiveBatchSize(256, NormTest(0.5), max_micro_batch_size=256), []
+
+        class Look(pl.Callback):
+            def on_train_batch_end(self, *args, callback=callback, sizes=sizes):
+                sizes.append(callback._active.plan.batch_size)
+
+        run = trainer(*([callback, Look()] if adaptive else []), max_epochs=20, check_val_every_n_epoch=20)
+        run.fit(AdaGradDigits(), datamodule=DigitsData(batch_size=8, seed=seed))
+        assert sizes == sorted(sizes)
+        found[adaptive].append((float(run.callback_metrics["val/acc"]), run.global_step))
+    accuracy, steps = ([sum(run[i] for run in runs) / 4 for runs in found.values()] for i in range(2))
+    assert accuracy[1] > accuracy[0] - 0.01
+    assert steps[1] < steps[0] / 5
 
 
 def test_tensorboard_shows_batch_noise_test_samples_and_learning_rate(tmp_path):

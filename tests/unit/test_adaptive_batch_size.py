@@ -417,9 +417,17 @@ def test_refusals():
         fit(Mean(), AdaptiveBatchSize(64, estimator="micro_batch", mode="monitor"))
     with pytest.raises(ValueError, match="no per-element variances"):
         fit(Mean(), AdaptiveBatchSize(64, CoordinateNormTest(granularity="element"), "ghost"))
-    for name, bad in {"ema": 1.0, "mode": "loader", "test_interval": 0, "min_accumulate": 3, "preset": "none"}.items():
+    wrong = {
+        "criterion": "norms", "estimator": "hessian", "scope": "most", "mode": "loader", "min_batch_size": 1,
+        "max_micro_batch_size": 0, "min_accumulate": 3, "round_to": 0, "quantize": "pow3", "test_interval": 0,
+        "warmup_steps": -1, "ema": 1.0, "denominator": "none", "max_growth": 1.0, "min_change": 0.9, "preset": "none",
+        "max_samples": 0, "seed": -1,
+    }  # fmt: skip
+    for name, bad in wrong.items():
         with pytest.raises(ValueError, match=f"`{name}`"):
             AdaptiveBatchSize(64, **{name: bad})
+    with pytest.raises(ValueError, match="`max_batch_size`"):
+        AdaptiveBatchSize(0)
     model = Mean()
     model.schedule = lambda o: {"scheduler": torch.optim.lr_scheduler.StepLR(o, 5), "interval": "step"}
     run = trainer(AdaptiveBatchSize(64))
