@@ -3,6 +3,7 @@
 The data modules use optional packages only when set up.
 """
 
+from lightning_grad.demos.arithmetic_lm import ArithmeticJSONL, ArithmeticLM
 from lightning_grad.demos.arithmetic_policy import ArithmeticPolicy, ArithmeticPrompts
 from lightning_grad.demos.curves import RecordMetrics
 from lightning_grad.demos.digits import DigitsCNN, DigitsData, DigitsMLP
@@ -13,6 +14,8 @@ from lightning_grad.demos.threads import LimitThreads
 from lightning_grad.demos.tiny_gpt import TinyGPT
 
 __all__ = [
+    "ArithmeticJSONL",
+    "ArithmeticLM",
     "ArithmeticPolicy",
     "ArithmeticPrompts",
     "DigitsCNN",

@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_grad import CausalLMSamplingModule, DynamicSampleAllocation, JSONLPrompts
 from lightning_grad.cli import main
 from lightning_grad.data.rollouts import clipped_policy_loss, weighted_policy_loss
+from lightning_grad.demos import ArithmeticJSONL, ArithmeticLM
+from lightning_grad.demos import arithmetic as chain
 from lightning_grad.sampling import Prompt
 from lightning_grad.statistics.head_norm import head_grad_norm
 from tests import tiny_lm
@@ -228,6 +230,20 @@ def test_held_out_accuracy(checkpoint, file):
     assert seen[2:] == seen[:2]
     runner.fit_loop.max_epochs = 1
     assert JSONLPrompts(file).val_dataloader() == []
+
+
+def test_the_arithmetic_demo_speaks_words(tmp_path):
+    """Reward by text and reward by token agree on demonstrations; prompts come back as the tokens they were."""
+    data = ArithmeticJSONL(str(tmp_path), num_prompts=200, num_val=3)
+    model = ArithmeticLM(str(tmp_path / "checkpoint"), base_steps=0)
+    tokens, answers, k = chain.make_problems(200, torch.Generator().manual_seed(0))
+    responses = chain.demonstrations(tokens, k, answers, torch.Generator().manual_seed(1))
+    assert model.tokenizer([p.text for p in data.loader.prompts])["input_ids"] == tokens.tolist()
+    assert data.loader.difficulty.tolist() == k.tolist()
+    texts = model.decode(responses, chain.response_mask(responses))
+    reward = model.reward([""] * 200, texts, [p.answer for p in data.loader.prompts])
+    assert torch.equal(reward, chain.reward_of(responses, answers))
+    assert 0 < float(reward.mean()) < 1
 
 
 CONFIG = """
