@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, TQDMProgressBar
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, TQDMProgressBar
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -477,6 +477,27 @@ def test_skipped_tests_are_counted():
     callback = AdaptiveBatchSize(8, test_interval=1)
     fit(Broken(), callback, limit_val_batches=0, max_epochs=1)
     assert (callback.skipped_tests, callback.tests) == (7, 1)
+
+
+class AsksEarly(Mean):
+    """Builds the loader before Lightning hands the callbacks their saved states."""
+
+    def setup(self, stage):
+        self.total = self.trainer.estimated_stepping_batches
+
+
+def test_position_of_a_loader_that_was_built_before_the_checkpoint_was_read(tmp_path):
+    def train(ckpt_path=None):
+        model, saver = AsksEarly(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        run = trainer(scripted(32, max_growth=2.0), saver, enable_checkpointing=True)
+        run.fit(model, ckpt_path=ckpt_path)
+        return model
+
+    straight = train()
+    used = [sum(map(len, window)) for window, _ in straight.steps]
+    assert len(set(used)) > 2
+    for step in range(1, len(used)):
+        assert train(tmp_path / f"step={step}.ckpt").seen == straight.seen[sum(used[:step]) :], step
 
 
 def test_random_state_checkpoint_goes_with_it(tmp_path):
