@@ -32,10 +32,11 @@ class Watch(pl.Callback):
             self.drawn.append(torch.bincount(items["prompt_index"], minlength=len(plan)).tolist())
             self.grads.append([])
             if isinstance(pl_module, EasyPolicy):
-                loss = -(items["weight"] * items["advantage"] * pl_module.logprob(items).double()).sum()
+                weight = 1.0 / (len(plan) * plan[items["prompt_index"]].double())  # of the reward objectives, unscaled
+                loss = -(weight * items["advantage"] * pl_module.logprob(items).double()).sum()
                 params = list(pl_module.parameters())
                 grads = torch.autograd.grad(loss, params)
-                self.direct.append(torch.cat([g.flatten() for g in grads]) / len(trainer.train_dataloader))
+                self.direct.append(torch.cat([g.flatten() for g in grads]))
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if self.grads:  # not in the rest of a resumed epoch
@@ -73,8 +74,7 @@ def gradient_error(watch):
     for grads, own in zip(watch.grads, watch.direct, strict=True):
         total = own.clone()
         dist.all_reduce(total)
-        # the loader scales by the number of processes, DDP takes the mean
-        gap = (torch.stack(grads).mean(0) - total / 2).abs().max() / total.abs().max()
+        gap = (torch.stack(grads).mean(0) - total).abs().max() / total.abs().max()
         worst = max(worst, float(gap))
     return worst
 
