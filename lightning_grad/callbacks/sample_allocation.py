@@ -245,7 +245,10 @@ class DynamicSampleAllocation(TensorBoardCharts):
             kind, decay, seed = self.objective, self.settings.history_decay, self.settings.seed
             self._scores = ScoreHistory(loader, kind, decay, self.uniform_mix, self.activate_below, seed)
         else:
+            before = self._prompts
             self._prompts = PromptAllocation(loader, self.e_step, self.settings, self._who)
+            if before is not None and before.history.num_prompts == self._prompts.history.num_prompts:
+                self._prompts.load_state_dict(before.state_dict(False))  # fit() called once more
         if self._restored is not None:
             state, self._restored = self._restored, None
             self._resume(trainer, pl_module, state)

@@ -212,6 +212,14 @@ def test_more_epochs_on_the_same_samples():
     assert allocation.generated == 2 * 96
 
 
+def test_a_second_fit_goes_on():
+    model, data, allocation = EasyPolicy(), prompts(), DynamicSampleAllocation(pilot_mode="history")
+    for epochs in (2, 3):
+        quiet_trainer(max_epochs=epochs, callbacks=[allocation]).fit(model, datamodule=data)
+    assert allocation.iteration == 4
+    assert allocation.generated == 5 * 96
+
+
 def test_fewer_samples_than_steps():
     _, spy = fit(data=prompts(1), samples_per_prompt=2, pilot_samples=1, steps_per_iteration=4, patience_empty=9)
     assert len(spy.grads) == 4
