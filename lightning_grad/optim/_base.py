@@ -26,7 +26,7 @@ from lightning_grad.optim._executors import (
     run_whole,
     store,
 )
-from lightning_grad.optim._math import Pool
+from lightning_grad.optim._math import Pool, square_sum
 
 Kind = Literal["elementwise", "rowwise", "global", "tensor"]
 Work = list[tuple[Group, list[tuple[Unit, Hyper]]]]
@@ -76,7 +76,7 @@ class RuleOptimizer(Optimizer):
     @staticmethod
     def measure(p: Tensor, g: Tensor, s: State, h: Hyper) -> Tensor:
         """``"global"`` rules: what to sum over all parameters; by default the squared norm of ``g``."""
-        return (g * g).sum()
+        return square_sum(g)
 
     def prologue(self, groups: list[Group], totals: list[Tensor]) -> list[dict[str, Tensor]]:
         """``"global"`` rules: scalars to add to ``h``, for each group, from the sums of :meth:`measure`.

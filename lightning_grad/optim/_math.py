@@ -15,6 +15,7 @@ from torch import Tensor
 Scalar = float | Tensor
 TINY = torch.finfo(torch.float32).tiny
 _LANES = 16  # numbers in the widest vector of a CPU
+_ROW = 4096
 _ENDLESS = torch.tensor(torch.inf, device="cpu")
 
 
@@ -287,6 +288,17 @@ def stochastic_round(x: Tensor) -> Tensor:
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
     rounded = ((x.view(torch.int32) + noise) & -65536).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x)
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """The sum of squares, without a temporary of the size of ``x`` where ``x`` is large."""
+    rest = x.numel() % _ROW
+    if x.requires_grad or x.numel() < 4 * _ROW or not x.is_contiguous():
+        return x.square().sum()
+    flat = x.view(-1)
+    # row by row, because one norm over all would add millions of float32 numbers one after the other
+    norms: Tensor = torch.linalg.vector_norm(flat[: x.numel() - rest].view(-1, _ROW), dim=1)
+    return norms.square().sum() + flat[x.numel() - rest :].square().sum()
 
 
 def ratio(a: Scalar, b: Tensor) -> Tensor:

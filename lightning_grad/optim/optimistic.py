@@ -14,7 +14,7 @@ from lightning_grad._validate import check_choice
 from lightning_grad.optim._base import RuleOptimizer
 from lightning_grad.optim._checks import Switches, check_non_negative
 from lightning_grad.optim._executors import Group, Hyper, State
-from lightning_grad.optim._math import axpy, ratio
+from lightning_grad.optim._math import axpy, ratio, square_sum
 
 
 class _Optimistic(RuleOptimizer):
@@ -121,10 +121,10 @@ class OptimisticOMD(_Optimistic):
     def measure(p: Tensor, g: Tensor, s: State, h: Hyper) -> Tensor:
         if h["decays"]:
             g = axpy(g, p, h["weight_decay"])
-        sums = [(g - s["previous_grad"]).square().sum()]
+        sums = [square_sum(g - s["previous_grad"])]
         if h["projects"]:
             y = s["xhat"] - s["center"]
-            sums += [y.square().sum(), (y * g).sum(), g.square().sum()]
+            sums += [square_sum(y), (y * g).sum(), square_sum(g)]
         return torch.stack(sums)
 
     @override
@@ -220,7 +220,7 @@ class OptimisticFTRL(_Optimistic):
     @override
     @staticmethod
     def measure(p: Tensor, g: Tensor, s: State, h: Hyper) -> Tensor:
-        return torch.stack([(g - s["previous_grad"]).square().sum(), (s["grad_sum"] + 2.0 * g).square().sum()])
+        return torch.stack([square_sum(g - s["previous_grad"]), square_sum(torch.add(s["grad_sum"], g, alpha=2.0))])
 
     @override
     def prologue(self, groups: list[Group], totals: list[Tensor]) -> list[dict[str, Tensor]]:

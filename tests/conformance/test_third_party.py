@@ -1,4 +1,4 @@
-"""DiffGrad, AdamP and SGDP next to an implementation that is not ours: pytorch-optimizer, where it is installed."""
+"""DiffGrad, AdamP and SGDP next to implementations that are not ours, where they are installed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lightning_grad.optim import SGDP, AdamP, DiffGrad
-from tests.conformance.cases import gradient, largest_difference, make_params
+from tests.conformance.cases import gradient, largest_difference, make_params, run
 
-# It adds eps to another sum (before the bias correction), and 1e-15 to the squares: eps is made negligible here, and
-# gradients are kept away from zero.
+# pytorch-optimizer adds eps to another sum (before the bias correction), and 1e-15 to the squares: eps is made
+# negligible here, and gradients are kept away from zero.
 EPS = 1e-20
 SETTINGS = [
     (DiffGrad, {"lr": 1e-2}, {}, {}),
@@ -43,4 +43,28 @@ def test_agrees_with_pytorch_optimizer(
         mine.step()
         with torch.no_grad():
             other.step()
+    assert largest_difference(a, b) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs"),
+    [
+        (AdamP, {"weight_decay": 0.1}),
+        (AdamP, {"weight_decay": 0.1, "delta": 2.0, "wd_ratio": 0.5}),
+        (AdamP, {"weight_decay": 0.1, "delta": 1e9, "nesterov": True}),
+        (AdamP, {"betas": (0.8, 0.9), "eps": 1e-3, "delta": 0.5}),
+        (SGDP, {"momentum": 0.9, "weight_decay": 0.1, "delta": 2.0, "nesterov": True}),
+        (SGDP, {"momentum": 0.9, "dampening": 0.5, "delta": 1e9, "nesterov": True}),
+        (SGDP, {"momentum": 0.0, "weight_decay": 0.1, "delta": 0.5}),
+    ],
+)
+def test_agrees_with_the_authors_package(cls: Any, kwargs: dict[str, Any]) -> None:
+    package = pytest.importorskip("adamp")
+    shapes = [(3, 4), (5,), (2, 3, 3, 3), (6, 1), (1, 7), (260, 130), (4, 4)]
+    a, b = make_params(shapes=shapes), make_params(shapes=shapes)
+    run(cls(a, lr=1e-2, **kwargs), a, range(60))
+    theirs = getattr(package, cls.__name__)(b, lr=1e-2, **kwargs)
+    with torch.no_grad():
+        run(theirs, b, range(60))
+    # 60 steps of about 20 roundings of numbers below 10
     assert largest_difference(a, b) <= 1e-12
