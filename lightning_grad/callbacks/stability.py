@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_grad._lightning import logging_step
@@ -26,7 +28,7 @@ from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts, log
 from lightning_grad.statistics.curvature import HessianOperator, Mode, rademacher
 from lightning_grad.statistics.curvature_lanczos import lanczos
 from lightning_grad.statistics.curvature_trace import hutchinson
-from lightning_grad.statistics.stability import stability_limits
+from lightning_grad.statistics.stability import LogSlope, cosine, stability_limits
 
 
 class _StepHook(TensorBoardCharts):
@@ -76,13 +78,18 @@ class StabilityMonitor(_StepHook):
 
     Tags: ``stability/lambda_max``, ``stability/trace``, ``stability/frobenius``, ``stability/lr_over_gd_limit`` (1 is
     the edge), ``stability/lr_over_sgd_limit`` (SGD without momentum), ``stability/batch_sharpness``,
-    ``stability/skipped`` (measurements that were not finite).
+    ``stability/oscillation``, ``weights/distance_from_init`` and ``weights/distance_per_log_step`` (the slope of the
+    distance over the logarithm of the step), ``stability/skipped`` (measurements that were not finite).
 
     Args:
         every_n_steps: Optimizer steps from one measurement to the next, >= 1; the first is at step 0.
         num_probes: Probes of trace and norm, >= 1.
         k: Lanczos steps, >= 2.
         batch_sharpness_batches: Micro-batches for :math:`g^T H g / \|g\|^2` of the batch's own gradient; 0: none.
+        oscillation_steps: Pairs of successive steps, after each measurement, whose gradients' cosine is averaged;
+            lasting negative values mean that the weights swing across a valley. Keeps a copy of the gradient meanwhile.
+        distance_from_init: Log how far the weights are from those at the start. Keeps a copy of them, also in
+            checkpoints.
         dataset_size: Training samples, for sampling without replacement.
         mode: ``"autograd"``, ``"finite_difference"``, or ``"auto"``: the first where it exists.
         seed: Of the probes.
@@ -92,7 +99,7 @@ class StabilityMonitor(_StepHook):
         MisconfigurationException: A sharding strategy, several optimizers, manual optimization without
             ``curvature_loss``.
 
-    State: what was measured and not logged yet.
+    State: what was measured and not logged yet; the copies of gradient and initial weights, if asked for.
     """
 
     def __init__(
@@ -101,6 +108,8 @@ class StabilityMonitor(_StepHook):
         num_probes: int = 4,
         k: int = 10,
         batch_sharpness_batches: int = 0,
+        oscillation_steps: int = 0,
+        distance_from_init: bool = False,
         dataset_size: int | None = None,
         mode: Mode = "auto",
         seed: int = 0,
@@ -110,6 +119,8 @@ class StabilityMonitor(_StepHook):
         self.num_probes = check_int("num_probes", num_probes, 1)
         self.k = check_int("k", k, 2)
         self.batch_sharpness_batches = check_int("batch_sharpness_batches", batch_sharpness_batches, 0)
+        self.oscillation_steps = check_int("oscillation_steps", oscillation_steps, 0)
+        self.distance_from_init = distance_from_init
         self.dataset_size = None if dataset_size is None else check_int("dataset_size", dataset_size, 1)
         check_choice("mode", mode, ("autograd", "finite_difference", "auto"))
         self.mode: Mode = mode
@@ -117,6 +128,11 @@ class StabilityMonitor(_StepHook):
         self._pending: dict[str, float] = {}
         self._sharpness: list[float] = []
         self._sharpness_left = 0
+        self._cosines: list[float] = []
+        self._cosines_left = 0
+        self._gradient: list[Tensor] = []
+        self._initial: list[Tensor] = []
+        self._distances = LogSlope()
         self._skipped = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,6 +141,11 @@ class StabilityMonitor(_StepHook):
             "pending": dict(self._pending),
             "sharpness": list(self._sharpness),
             "sharpness_left": self._sharpness_left,
+            "cosines": list(self._cosines),
+            "cosines_left": self._cosines_left,
+            "gradient": [g.clone() for g in self._gradient],
+            "initial": list(self._initial),
+            "distances": list(self._distances.state),
             "skipped": self._skipped,
         }
 
@@ -133,6 +154,9 @@ class StabilityMonitor(_StepHook):
         self._pending = dict(state_dict["pending"])
         self._sharpness = list(state_dict["sharpness"])
         self._sharpness_left = state_dict["sharpness_left"]
+        self._cosines, self._cosines_left = list(state_dict["cosines"]), state_dict["cosines_left"]
+        self._gradient, self._initial = list(state_dict["gradient"]), list(state_dict["initial"])
+        self._distances.state = list(state_dict["distances"])
         self._skipped = state_dict["skipped"]
 
     def tensorboard_charts(self, trainer: pl.Trainer) -> Charts:
@@ -142,13 +166,26 @@ class StabilityMonitor(_StepHook):
                 "learning rate over its limit": ["stability/lr_over_gd_limit", "stability/lr_over_sgd_limit"],
                 "sharpness": ["stability/lambda_max", "stability/batch_sharpness"],
                 "trace": ["stability/trace"],
-            }
+                "cosine of successive gradients": ["stability/oscillation"],
+            },
+            "weights": {"distance from the start": ["weights/distance_from_init"]},
         }
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, before the first batch."""
         check_supported("StabilityMonitor", trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach to the optimizer, and keep the weights to measure distances from."""
+        super().on_train_start(trainer, pl_module)
+        weights = _weights(pl_module)
+        if not self.distance_from_init or not trainer.loggers:
+            self._initial = []
+            return
+        if not self._initial:
+            self._initial = [w.clone() for w in weights]
+        self._initial = [old.to(new.device) for old, new in zip(self._initial, weights, strict=True)]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -159,6 +196,8 @@ class StabilityMonitor(_StepHook):
         due = first_of_window(trainer, batch_idx) and trainer.global_step % self.every_n_steps == 0
         if due:
             self._sharpness, self._sharpness_left = [], self.batch_sharpness_batches
+            self._cosines, self._cosines_left, self._gradient = [], self.oscillation_steps, []
+            self._measure_distance(trainer.global_step, pl_module)
         if not due and not self._sharpness_left:
             return
         try:
@@ -167,8 +206,11 @@ class StabilityMonitor(_StepHook):
             if self._sharpness_left:
                 self._measure_sharpness(trainer, pl_module, batch)
         except FloatingPointError:
-            self._skipped += 1
-            self._pending["stability/skipped"] = float(self._skipped)
+            self._skip()
+
+    def _skip(self) -> None:
+        self._skipped += 1
+        self._pending["stability/skipped"] = float(self._skipped)
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         optimizer = trainer.optimizers[0]
@@ -220,6 +262,37 @@ class StabilityMonitor(_StepHook):
         if not self._sharpness_left and self._sharpness:
             self._pending["stability/batch_sharpness"] = math.fsum(self._sharpness) / len(self._sharpness)
 
+    def _measure_distance(self, step: int, pl_module: pl.LightningModule) -> None:
+        if not self._initial:
+            return
+        gaps = torch._foreach_norm(torch._foreach_sub(_weights(pl_module), self._initial))
+        distance = math.hypot(*(float(gap) for gap in gaps))
+        if not math.isfinite(distance):
+            self._skip()
+            return
+        self._distances.add(step, distance)
+        self._pending["weights/distance_from_init"] = distance
+        if not math.isnan(self._distances.slope):
+            self._pending["weights/distance_per_log_step"] = self._distances.slope
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Compare the gradient with that of the step before, in the steps after a measurement."""
+        if not self._cosines_left:
+            return
+        new = [p.grad.detach() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self._gradient and len(self._gradient) == len(new):
+            value = cosine(self._gradient, new)
+            self._cosines_left -= 1
+            if math.isfinite(value):
+                self._cosines.append(value)
+            else:
+                self._skip()
+        self._gradient = [g.clone() for g in new] if self._cosines_left else []
+        if not self._cosines_left and self._cosines:
+            log_scalars(trainer, {"stability/oscillation": math.fsum(self._cosines) / len(self._cosines)})
+
     def _on_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         if not self._pending:
             return
@@ -230,6 +303,10 @@ class StabilityMonitor(_StepHook):
                 self._pending[f"stability/lr_over_{name}_limit"] = lr / limit
         log_scalars(trainer, self._pending)
         self._pending.clear()
+
+
+def _weights(pl_module: pl.LightningModule) -> list[Tensor]:
+    return [p.detach() for p in pl_module.parameters() if p.requires_grad]
 
 
 def _is_plain(optimizer: Optimizer) -> bool:

@@ -5,7 +5,7 @@ The data modules use optional packages only when set up.
 
 from lightning_grad.demos.arithmetic_lm import ArithmeticJSONL, ArithmeticLM
 from lightning_grad.demos.arithmetic_policy import ArithmeticPolicy, ArithmeticPrompts
-from lightning_grad.demos.curves import RecordMetrics
+from lightning_grad.demos.curves import RecordLogger, RecordMetrics
 from lightning_grad.demos.digits import DigitsCNN, DigitsData, DigitsMLP
 from lightning_grad.demos.docstrings import DocstringData, MiniLMSentences
 from lightning_grad.demos.source_text import SourceText
@@ -25,6 +25,7 @@ __all__ = [
     "LimitThreads",
     "MiniLMSentences",
     "PrintSummary",
+    "RecordLogger",
     "RecordMetrics",
     "SourceText",
     "TinyGPT",

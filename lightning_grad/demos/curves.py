@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
 
 Curve = list[tuple[int, float]]
 """Pairs of optimizer steps and a value."""
@@ -46,3 +48,25 @@ class RecordMetrics(pl.Callback):
     def last(self, name: str) -> float:
         """Return the last value of a metric; NaN if it was never logged."""
         return self.curves[name][-1][1] if name in self.curves else math.nan
+
+
+class RecordLogger(Logger):
+    """A logger that keeps what callbacks log with an interval of their own, such as curvature.
+
+    Attributes:
+        curves: Name of a metric -> its values as pairs ``(step, value)``, in order.
+    """
+
+    name = version = "record"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.curves: dict[str, Curve] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Keep the values."""
+        for name, value in metrics.items():
+            self.curves.setdefault(name, []).append((step or 0, value))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""

@@ -7,7 +7,11 @@ Polyak's heavy ball and Granziol, Zohren, Roberts (arXiv:2006.09092) for the ste
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from lightning_grad._validate import check_choice, check_int, check_range
 
@@ -109,3 +113,37 @@ def curvature_lr(largest: float, momentum: float = 0.0, rule: str = "polyak", ne
     if rule == "edge":
         return 2.0 * (1.0 + momentum) / (largest * ((1.0 + 2.0 * momentum) if nesterov else 1.0))
     return (1.0 + math.sqrt(momentum)) ** 2 / largest
+
+
+def cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Return the cosine of two gradients given in parts; 0 if one of them is zero."""
+    dot = sum(float(torch.linalg.vecdot(x.flatten(), y.flatten())) for x, y in zip(a, b, strict=True))
+    norms = [math.hypot(*(float(torch.linalg.vector_norm(x)) for x in part)) for part in (a, b)]
+    return dot / (norms[0] * norms[1]) if norms[0] and norms[1] else 0.0
+
+
+class LogSlope:
+    r"""Slope of the least-squares line of :math:`y` over :math:`\log t`, of points that come one by one.
+
+    Hoffer, Hubara, Soudry (arXiv:1705.08741): in the first phase of training the distance from the initial weights
+    grows like :math:`\log t`. ``state`` is all there is to save.
+    """
+
+    def __init__(self) -> None:
+        self.state = [0.0] * 5  # points, mean of x, mean of y, sum of squares of x, sum of products, both centred
+
+    def add(self, step: int, y: float) -> None:
+        """Take the value at ``step``; 0 has no logarithm and is left out."""
+        if step < 1:
+            return
+        n, mean_x, mean_y, squares, products = self.state
+        n, x = n + 1.0, math.log(step)
+        gap = x - mean_x
+        mean_x += gap / n
+        mean_y += (y - mean_y) / n
+        self.state = [n, mean_x, mean_y, squares + gap * (x - mean_x), products + gap * (y - mean_y)]
+
+    @property
+    def slope(self) -> float:
+        """The slope; NaN before there are two different steps."""
+        return self.state[4] / self.state[3] if self.state[3] > 0.0 else math.nan

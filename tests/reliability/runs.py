@@ -139,7 +139,7 @@ CASES = [
     ),
     Case(
         "stability_monitor",
-        callbacks=lambda: [StabilityMonitor(every_n_steps=2, k=2, num_probes=1)],
+        callbacks=lambda: [StabilityMonitor(every_n_steps=2, k=2, num_probes=1, oscillation_steps=2)],
         trainer=lambda: {"accumulate_grad_batches": 2, "logger": CSVLogger(tempfile.mkdtemp())},
     ),
     Case(

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import math
 import subprocess
 import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad import BatchSizeLRScaler, LanczosLearningRate, LossNormalizedLR
+from lightning_grad.callbacks._spectrum import density_figure
 from lightning_grad.demos import DigitsData, DigitsMLP, SourceText, TinyGPT
+from lightning_grad.statistics.curvature_lanczos import spectrum
 from lightning_grad.statistics.stability import growth_limit, smoothed_lr
 from tests.unit.test_stability_monitor import Memory, Net, fit
 
@@ -264,10 +269,25 @@ def test_attention_and_tensorboard(tmp_path):
     trainer.fit(model, SourceText(block_size=8, batch_size=2, max_bytes=100_000))
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
-    assert "curvature/density" in events.Tags()["images"]
+    image = Image.open(io.BytesIO(events.Images("curvature/density")[-1].encoded_image_string))
+    assert image.size[0] >= 500
+    assert len(np.unique(np.asarray(image.convert("L")))) > 20, "an empty picture"
     histogram = events.Histograms("curvature/spectrum")[0].histogram_value
     assert sum(histogram.bucket) == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-6)
     assert len(events.Scalars("curvature/lambda_max")) == 2
+
+
+def test_the_figure_shows_the_spectrum():
+    """The curve is a density of mass 1, high at the eigenvalues; the marks are the Ritz values."""
+    values = torch.tensor([-1.0, 0.0, 4.0], dtype=torch.float64)
+    found = spectrum(lambda v: values * v, 3, 3, dtype=torch.float64)
+    axes = density_figure(found).axes[0]
+    (x, y), (marks, _) = (line.get_data() for line in axes.lines)
+    assert np.trapezoid(y, x) == pytest.approx(1.0, rel=1e-3)
+    peaks = [x[i] for i in range(1, len(x) - 1) if y[i] > y[i - 1] and y[i] > y[i + 1] and y[i] > 0.1]
+    assert peaks == pytest.approx([-1, 0, 4], abs=0.02)
+    assert list(marks) == pytest.approx([-1, 0, 4], abs=1e-12)
+    assert "largest 4, smallest -1" in axes.get_title()
 
 
 def test_refused_by_name():

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 from torch.nn import functional as F
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_grad.callbacks.stability import SGDTemperatureMonitor, StabilityMonitor
+from lightning_grad.statistics.stability import cosine
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,6 +155,87 @@ def test_adam_and_momentum():
     assert not memory.of("stability/lr_over_sgd_limit")
     (_, t), (_, tm) = memory.of("noise/temperature")[0], memory.of("noise/temperature_momentum")[0]
     assert tm == pytest.approx(10 * t)
+
+
+class Valley(pl.LightningModule):
+    """Half of L w^2 along one weight of 3, whatever the batch."""
+
+    def __init__(self, lr):
+        super().__init__()
+        self.w, self.lr, self.path = nn.Parameter(torch.tensor([1.0, 0.5, -0.5])), lr, []
+
+    def on_train_batch_start(self, *args):
+        self.path.append(self.w.detach().clone())
+
+    def training_step(self, batch, batch_idx):
+        return 0.5 * 4.0 * self.w[0] ** 2
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+@pytest.mark.parametrize(("lr", "expected"), [(0.1, 1.0), (0.4, -1.0)])  # the weight changes its sign above 1/L = 0.25
+def test_oscillation_is_the_cosine_of_successive_gradients(lr, expected):
+    monitor = StabilityMonitor(every_n_steps=6, k=2, oscillation_steps=2)
+    _, memory = fit([monitor], Valley(lr), steps=10)
+    # measured at steps 0 and 6, whose pairs end two steps later
+    assert memory.of("stability/oscillation") == [(2, pytest.approx(expected)), (8, pytest.approx(expected))]
+    assert monitor.state_dict()["gradient"] == []
+    _, memory = fit([StabilityMonitor(every_n_steps=6, k=2)], Valley(lr), steps=10)
+    assert not memory.of("stability/oscillation")
+
+
+def test_cosine_of_parts():
+    a, b = [torch.tensor([[3.0], [0.0]]), torch.tensor([4.0])], [torch.tensor([[0.0], [2.0]]), torch.tensor([1.0])]
+    assert cosine(a, b) == pytest.approx(4 / (5 * 5**0.5))
+    assert cosine(a, [torch.zeros(2, 1), torch.zeros(1)]) == 0.0
+
+
+def test_distance_from_the_initial_weights():
+    model, memory = fit([StabilityMonitor(every_n_steps=2, k=2, distance_from_init=True)], Valley(0.1), steps=9)
+    found = memory.of("weights/distance_from_init")
+    assert [step for step, _ in found] == [0, 2, 4, 6, 8]
+    assert [value for _, value in found] == pytest.approx([float((w - model.path[0]).norm()) for w in model.path[::2]])
+    steps, distances = np.array(found[1:]).T
+    slopes = memory.of("weights/distance_per_log_step")
+    assert [step for step, _ in slopes] == [4, 6, 8]  # two steps make a line; step 0 has no logarithm
+    assert slopes[-1][1] == pytest.approx(np.polyfit(np.log(steps), distances, 1)[0])
+
+
+def test_what_is_logged_survives_a_resume_at_every_step(tmp_path):
+    def run(folder, ckpt_path=None):
+        memory = Memory()
+        monitor = StabilityMonitor(every_n_steps=3, k=2, oscillation_steps=2, distance_from_init=True)
+        keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=1, max_steps=10, max_epochs=-1, callbacks=[monitor, keep], logger=memory,
+            enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+        )  # fmt: skip
+        trainer.fit(Valley(0.1), loader(), ckpt_path=ckpt_path)
+        return {k: memory.of(k) for k in sorted({k for _, row in memory.rows for k in row if "/" in k})}
+
+    straight = run(tmp_path / "straight")
+    assert {"stability/oscillation", "weights/distance_per_log_step"} <= straight.keys()
+    for step in range(1, 10):
+        resumed = run(tmp_path / f"resumed{step}", tmp_path / "straight" / f"step={step}.ckpt")
+        expected = {k: [(s, v) for s, v in rows if s >= step] for k, rows in straight.items()}
+        assert resumed == {k: rows for k, rows in expected.items() if rows}, f"resumed after step {step}"
+
+
+def test_weights_that_are_not_finite_do_not_reach_the_state():
+    class Lost(Valley):
+        def on_train_batch_end(self, *args):
+            if self.trainer.global_step == 3:
+                self.w.data[0] = float("nan")
+
+    monitor = StabilityMonitor(every_n_steps=2, k=2, oscillation_steps=1, distance_from_init=True)
+    _, memory = fit([monitor], Lost(0.1), steps=8)
+    assert [step for step, _ in memory.of("weights/distance_from_init")] == [0, 2]
+    assert memory.of("stability/skipped")[-1][1] > 0
+    state = monitor.state_dict()
+    assert all(np.isfinite(state["distances"]))
+    assert all(np.isfinite(state["cosines"]))
+    assert all(np.isfinite(v) for _, row in memory.rows for k, v in row.items() if k.startswith(("stab", "weights")))
 
 
 def test_refused_by_name():

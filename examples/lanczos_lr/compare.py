@@ -1,0 +1,122 @@
+"""SGD on digits: the best of a grid of constant rates next to LanczosLearningRate, constant and with linear decay.
+
+    python examples/lanczos_lr/compare.py [--short]
+
+The rate of the grid is chosen by the validation loss of one seed; the table has three others. Prints the table of the
+README and draws compare.png (with --short: one epoch, rate and seed, drawn into the working directory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_grad import LanczosLearningRate, LinearDecayLR
+from lightning_grad.demos import DigitsData, DigitsMLP, RecordLogger, RecordMetrics
+
+RATES = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
+PLAIN = {"max_growth": None, "early": False, "smooth_falls": True}
+KINDS: dict[str, dict[str, Any] | None] = {
+    "best of the grid": None,
+    "LanczosLearningRate, defaults": {},
+    "LanczosLearningRate, every 20 steps": {"every_n_steps": 20},
+    "LanczosLearningRate, without safeguards": PLAIN,
+}
+
+
+class Model(DigitsMLP):
+    decay = False
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        if not self.decay:
+            return optimizer
+        schedule = LinearDecayLR(optimizer, total=int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def train(settings: dict[str, Any] | None, lr: float, decay: bool, seed: int, epochs: int) -> tuple[float, Any]:
+    pl.seed_everything(seed, verbose=False)
+    metrics, curvature, model = RecordMetrics(), RecordLogger(), Model(lr=lr)
+    model.decay = decay
+    own = [] if settings is None else [LanczosLearningRate(**settings)]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=[metrics, *own],
+        logger=curvature,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(model, datamodule=DigitsData(seed=seed))
+    return metrics.last("val/loss"), curvature.curves
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="one epoch, to see that everything works")
+    short = parser.parse_args().short
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    torch.set_num_threads(1)
+    epochs, seeds, rates = (1, (0,), RATES[3:4]) if short else (10, (11, 12, 13), RATES)
+    started = time.perf_counter()
+    grid = [[train(None, lr, decay, 9, epochs)[0] for lr in rates] for decay in (False, True)]
+    best = [rates[losses.index(min(losses))] for losses in grid]
+    print(f"grid on seed 9: {[[round(loss, 3) for loss in losses] for losses in grid]}, best {best}")
+    print("| learning rate | constant | linear decay |\n| --- | --- | --- |")
+    means: dict[str, list[float]] = {}
+    curves: dict[str, Any] = {}
+    for name, settings in KINDS.items():
+        cells = []
+        for decay in (False, True):
+            lr = best[decay] if settings is None else 1.0
+            runs = [train(settings, lr, decay, seed, epochs) for seed in seeds]
+            curves.setdefault(name, runs[0][1])
+            losses = [loss for loss, _ in runs]
+            means.setdefault(name, []).append(statistics.mean(losses))
+            spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
+            cells.append(f"{means[name][-1]:.3f} ± {spread:.3f}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    target = Path("compare.png") if short else Path(__file__).parent / "compare.png"
+    draw(rates, grid, means, curves, target)
+    print(f"drawn: {target}; {time.perf_counter() - started:.0f} s")
+
+
+def draw(
+    rates: tuple[float, ...], grid: list[list[float]], means: dict[str, list[float]], curves: dict[str, Any], file: Path
+) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    names = list(KINDS)[1:]
+    for i, (label, style) in enumerate((("constant", "--"), ("linear decay", "-"))):
+        axes[0].loglog(rates, grid[i], style, marker="o", color="k", label=f"grid, {label}")
+        for color, name in enumerate(names):
+            axes[0].axhline(means[name][i], ls=style, color=f"C{color}")
+    axes[0].set(xlabel="learning rate", ylabel="validation loss after 10 epochs")
+    axes[0].set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
+    axes[0].set_xticks([], minor=True)
+    axes[0].legend(fontsize=8)
+    for color, name in enumerate(names):
+        for panel, tag in ((axes[1], "curvature/lr_applied"), (axes[2], "curvature/lambda_max")):
+            points = curves[name].get(tag, [])
+            panel.plot([s + 1 for s, _ in points], [v for _, v in points], ".-", color=f"C{color}", label=name)
+    axes[1].set(xlabel="step + 1 (first seed, constant)", ylabel="learning rate", xscale="log", yscale="log")
+    axes[2].set(xlabel="step + 1", ylabel="largest eigenvalue", xscale="log", yscale="log")
+    axes[1].legend(fontsize=8)
+    figure.savefig(file, dpi=90)
+
+
+if __name__ == "__main__":
+    main()
