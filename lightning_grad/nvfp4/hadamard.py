@@ -51,6 +51,9 @@ def butterfly_rows(rows: list[Tensor]) -> list[Tensor]:
 
 def transform_columns(x: Tensor, signs: Sequence[int]) -> Tensor:
     """Transform groups of 16 rows: fp32 ``x[A, 16, B]`` holding bf16 values; rounded to bf16, as fp32."""
+    if torch.compiler.is_compiling():
+        rows = [row * (0.25 * s) for row, s in zip(x.unbind(1), signs, strict=True)]
+        return torch.stack([to_bf16(row) for row in butterfly_rows(rows)], dim=1)
     diagonal = torch.tensor([0.25 * s for s in signs], dtype=torch.float32, device=x.device)
     return to_bf16(butterfly(x * diagonal[:, None]))
 
