@@ -185,6 +185,15 @@ def test_oscillation_is_the_cosine_of_successive_gradients(lr, expected):
     assert not memory.of("stability/oscillation")
 
 
+def test_gradients_that_are_zeroed_in_place_are_compared_all_the_same():
+    class InPlace(Valley):
+        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+            optimizer.zero_grad(set_to_none=False)
+
+    _, memory = fit([StabilityMonitor(every_n_steps=6, k=2, oscillation_steps=2)], InPlace(0.4), steps=4)
+    assert memory.of("stability/oscillation") == [(2, pytest.approx(-1.0))]
+
+
 def test_cosine_of_parts():
     a, b = [torch.tensor([[3.0], [0.0]]), torch.tensor([4.0])], [torch.tensor([[0.0], [2.0]]), torch.tensor([1.0])]
     assert cosine(a, b) == pytest.approx(4 / (5 * 5**0.5))
