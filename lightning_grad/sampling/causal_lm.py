@@ -53,12 +53,13 @@ class CausalLMSamplingModule(pl.LightningModule):
 
     Raises:
         ModuleNotFoundError: ``transformers`` is not installed.
+        TypeError: ``model`` is neither text nor a module.
         ValueError: An argument is out of range, or the tokenizer lacks an end token.
     """
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: Any,  # not `str | nn.Module`: shell completion would list every module there is, for minutes
         tokenizer: Any = None,
         reward: str | RewardFn = "lightning_grad.sampling.MathAnswerReward",
         max_new_tokens: int = 256,
@@ -73,6 +74,8 @@ class CausalLMSamplingModule(pl.LightningModule):
         progress: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(model, str | nn.Module):
+            raise TypeError(f"`model` must be a name, a path or a module, got {model!r}.")
         self.max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
         self.temperature = check_range("temperature", temperature, 0.0, float("inf"), "()")
         self.generation_batch_size = check_int("generation_batch_size", generation_batch_size, 1)

@@ -294,6 +294,8 @@ def test_from_the_command_line(checkpoint, file, tmp_path, monkeypatch):
 def test_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"`reward` must be the import path of a function .* 'no.such.thing'"):
         make(checkpoint, reward="no.such.thing")
+    with pytest.raises(TypeError, match="`model` must be a name, a path or a module, got 3"):
+        CausalLMSamplingModule(3)
     with pytest.raises(ValueError, match="`temperature` must be in"):
         make(checkpoint, temperature=0.0)
     with pytest.raises(ValueError, match=r"prompt 1 has 8 tokens; with max_new_tokens=60 that is more than the 64"):
