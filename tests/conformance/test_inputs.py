@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from lightning_grad import AdamP, DiffGrad, OptimisticAdam
+from lightning_grad.optim import _math
 from tests.conformance.cases import (
     Case,
     gradient,
@@ -66,6 +70,15 @@ def test_what_a_number_becomes_does_not_depend_on_its_place(case: Case, dtype: t
         for optimizer in optimizers:
             optimizer.step()
     assert torch.equal(whole[0][501:], part[0])
+
+
+@pytest.mark.parametrize("cls", [DiffGrad, AdamP, OptimisticAdam])
+def test_a_torch_without_the_fused_kernel_makes_the_same_step(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, plain = make_params(torch.float64), make_params(torch.float64)
+    run(cls(fused, lr=1e-2), fused, range(3))
+    monkeypatch.setattr(_math, "_FUSED", None)
+    run(cls(plain, lr=1e-2), plain, range(3))
+    assert largest_difference(fused, plain) <= 1e-12
 
 
 @every
