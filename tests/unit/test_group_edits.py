@@ -232,3 +232,14 @@ def test_samples_lr_refusals():
     for key, bad in {"total_samples": 0, "base": "step", "warmup_samples": 100, "final": 2.0}.items():
         with pytest.raises(ValueError, match=f"`{key}`"):
             SamplesLR(one_parameter()[1], **{"total_samples": 100, key: bad})
+
+
+@pytest.mark.parametrize("estimate", [math.nan, math.inf, 0.0, -3.0])
+def test_a_noise_scale_that_is_none_keeps_the_last(estimate):
+    scaler = BatchSizeLRScaler(rule="gain", critical_batch="noise_scale")
+    scaler.observe_noise_scale(50.0)
+    scaler.observe_noise_scale(estimate)
+    assert scaler.critical_batch_size == 50.0
+    fixed = BatchSizeLRScaler(rule="gain", critical_batch=8.0)
+    fixed.observe_noise_scale(50.0)
+    assert fixed.critical_batch_size == 8.0
