@@ -170,6 +170,7 @@ def environment(wanted):
     say(f"Installing lightning-grad with the extras {', '.join(extras)} (first time: some minutes)")
     target = ".[" + ",".join(extras) + "]"
     pip = [in_venv("python"), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+    pip.append("--no-compile")  # Python compiles what is imported; most of it never is
     status, output = follow([*pip, "-c", "constraints.txt", "-e", target])
     with open(LOG, "w", encoding="utf-8") as file:
         file.write(output)

@@ -190,12 +190,12 @@ class AdaGradDigits(DigitsMLP):
 
 @pytest.mark.slow
 def test_digits_are_learnt_as_well_in_far_fewer_steps():
-    """AdaGrad from batches of 8: mean accuracy of four seeds within 1 % of that with the fixed batch, as specified.
+    """AdaGrad from batches of 8: mean accuracy of two seeds within 1 % of that with the fixed batch, as specified.
 
-    One image of 449 in one of the four runs is 0.06 %. Six seeds gave 0.981 and 0.976, 3360 steps and about 200.
+    One image of 449 in one of the two runs is 0.11 %. Six seeds gave 0.981 and 0.976, 3360 steps and about 200.
     """
     found = {False: [], True: []}
-    for seed, adaptive in itertools.product(range(4), found):
+    for seed, adaptive in itertools.product(range(2), found):
         pl.seed_everything(seed, verbose=False)
         callback, sizes = AdaptiveBatchSize(256, NormTest(0.5), max_micro_batch_size=256), []
 
@@ -207,7 +207,7 @@ def test_digits_are_learnt_as_well_in_far_fewer_steps():
         run.fit(AdaGradDigits(), datamodule=DigitsData(batch_size=8, seed=seed))
         assert sizes == sorted(sizes)
         found[adaptive].append((float(run.callback_metrics["val/acc"]), run.global_step))
-    accuracy, steps = ([sum(run[i] for run in runs) / 4 for runs in found.values()] for i in range(2))
+    accuracy, steps = ([sum(run[i] for run in runs) / 2 for runs in found.values()] for i in range(2))
     assert accuracy[1] > accuracy[0] - 0.01
     assert steps[1] < steps[0] / 5
 
