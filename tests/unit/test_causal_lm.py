@@ -171,18 +171,24 @@ def test_a_run_learns(checkpoint, file, kwargs):
 
 
 def test_mixed_precision_samples_from_what_it_trains(checkpoint, file):
-    """In bfloat16 the policy that samples and the one that is trained differ by rounding only: 2^-8, several layers."""
-    model, gaps = make(checkpoint), []
+    """In bfloat16 the policy that samples and the one that is trained differ by rounding at most: 2^-8, several layers.
+
+    Both are in bfloat16: in float32 the same model gives other numbers. (On some processors the two agree to the bit.)
+    """
+    model, gaps, rounded = make(checkpoint), [], []
 
     class Compare(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 0:
-                with torch.no_grad(), trainer.precision_plugin.forward_context():
-                    gaps.append(float((pl_module.logprob(batch) - batch["logprob"]).abs().max()))
+                with torch.no_grad():
+                    rounded.append(float((pl_module.logprob(batch) - batch["logprob"]).abs().max()))
+                    with trainer.precision_plugin.forward_context():
+                        gaps.append(float((pl_module.logprob(batch) - batch["logprob"]).abs().max()))
 
     fit(model, file, trainer={"precision": "bf16-mixed"}, callbacks=[Compare()])
     assert len(gaps) == 2
-    assert 0 < max(gaps) < 0.1
+    assert max(gaps) < 0.1
+    assert 1e-4 < min(rounded) < 0.1
     assert all(p.dtype == torch.float32 and bool(p.isfinite().all()) for p in model.parameters())
 
 
