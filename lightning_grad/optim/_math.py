@@ -57,8 +57,8 @@ class TensorList:
     def sqrt(self) -> TensorList:
         return TensorList(list(torch._foreach_sqrt(self.items)))
 
-    def sigmoid(self) -> TensorList:
-        return TensorList(list(torch._foreach_sigmoid(self.items)))
+    def exp(self) -> TensorList:
+        return TensorList(list(torch._foreach_exp(self.items)))
 
     def lerp(self, end: TensorList, weight: Scalar) -> TensorList:
         if isinstance(weight, Tensor):  # the foreach form takes numbers only
@@ -151,8 +151,8 @@ class Buffer:
     def sqrt(self) -> Buffer:
         return self._apply(torch.sqrt)
 
-    def sigmoid(self) -> Buffer:
-        return self._apply(torch.sigmoid)
+    def exp(self) -> Buffer:
+        return self._apply(torch.exp)
 
     def clamp_min(self, low: float) -> Buffer:
         return self._apply(torch.clamp, low)
@@ -208,10 +208,10 @@ def spent(state: Any) -> Any:
 
 
 def damped(x: Any, numerator: Any, denominator: Any) -> tuple[Any, Any]:
-    """The fraction times ``sigmoid(x)``, for ``x >= 0``."""
-    if isinstance(x, Tensor):  # compiled, one division and one exponential are cheaper than a sigmoid
-        return numerator, denominator * ((-x).exp() + 1.0)
-    return x.sigmoid() * numerator, denominator
+    """The fraction times ``sigmoid(x)``, for ``x >= 0``; ``None`` for the denominator is 1."""
+    # torch.sigmoid is slower, and on CPU rounds otherwise at the end of a tensor, where it does not fill a vector
+    slowness = (-x).exp() + 1.0
+    return numerator, slowness if denominator is None else slowness * denominator
 
 
 def ema_of_square(average: Any, x: Any, beta: Scalar) -> Any:
