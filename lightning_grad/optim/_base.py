@@ -17,13 +17,13 @@ from lightning_grad.optim._executors import (
     Hyper,
     Rule,
     State,
+    blocks,
     load,
     real_view,
     run_compiled,
     run_differentiable,
     run_in_place,
     run_list,
-    run_whole,
     store,
 )
 from lightning_grad.optim._math import Pool, square_sum
@@ -39,7 +39,8 @@ class RuleOptimizer(Optimizer):
 
     - ``"elementwise"``: the rule sees flat tensors with the values of many parameters, or slices of one;
     - ``"global"``: elementwise after a prologue (:meth:`measure`, :meth:`prologue`) that reduces over all parameters;
-    - ``"tensor"``: the rule sees one whole parameter at a time and may reduce over it.
+    - ``"tensor"``: elementwise after one that reduces over each parameter (:meth:`measure`, :meth:`own_scalars`);
+    - ``"rowwise"``: the rule sees rows of weights and may reduce over them (``_projection.py``).
     """
 
     kind: ClassVar[Kind] = "elementwise"
@@ -75,7 +76,7 @@ class RuleOptimizer(Optimizer):
 
     @staticmethod
     def measure(p: Tensor, g: Tensor, s: State, h: Hyper) -> Tensor:
-        """``"global"`` rules: what to sum over all parameters; by default the squared norm of ``g``."""
+        """``"global"`` and ``"tensor"`` rules: what to sum; by default the squared norm of ``g``."""
         return square_sum(g)
 
     def prologue(self, groups: list[Group], totals: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -85,6 +86,10 @@ class RuleOptimizer(Optimizer):
             groups: The groups that have gradients.
             totals: One float64 sum per group.
         """
+        raise NotImplementedError
+
+    def own_scalars(self, param: Tensor, total: Tensor, h: Hyper) -> dict[str, Tensor]:
+        """``"tensor"`` rules: scalars that ``h`` has for this parameter, from its float64 sum of :meth:`measure`."""
         raise NotImplementedError
 
     def rule_for(self, param: Tensor, h: Hyper) -> Rule:
@@ -337,9 +342,12 @@ class RuleOptimizer(Optimizer):
 
     def _run(self, group: Group, unit: Unit, h: Hyper, pool: Pool) -> None:
         """Update the parameters of a unit in place."""
+        by_tensor = self.kind_of(group) == "tensor"
         if self.noisy and h["noisy"]:
-            eager = not group["compile"] and self.kind_of(group) != "tensor"
-            unit.draw(self.generator(unit.device), by_block=eager)
+            # a rule that measures first needs the noise twice, and a CUDA graph cannot set a generator back
+            unit.draw(self.generator(unit.device), not (group["compile"] or (by_tensor and group["capturable"])))
+        if by_tensor:
+            h = {**h, **self._measure_one(group, unit, h)}
         if group["differentiable"]:
             run_differentiable(self.rule_for, group, unit, list(self.state_names(group)), h)
         elif unit.listed:
@@ -354,10 +362,7 @@ class RuleOptimizer(Optimizer):
         return run_compiled(type(self), self.rule, group, unit, h, p, g)
 
     def _run_eager(self, group: Group, unit: Unit, h: Hyper, pool: Pool, p: Tensor, g: Tensor) -> None:
-        if self.kind_of(group) == "tensor":
-            run_whole(self.rule, group, unit, h, p, g)
-        else:
-            run_in_place(self.rule, group, unit, h, self._block(p), pool, p, g)
+        run_in_place(self.rule, group, unit, h, self._block(p), pool, p, g)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The random numbers of a noisy rule."""
@@ -371,30 +376,52 @@ class RuleOptimizer(Optimizer):
         """Sum :meth:`measure` over the parameters of each group, and add what :meth:`prologue` makes of it to ``h``."""
         totals: list[Tensor] = []
         for group, units in work:
-            parts = [self.measure(*piece, h).double() for unit, h in units for piece in self._pieces(group, unit)]
+            parts = [part for unit, h in units for part in self._measured(group, unit, h)]
             totals.append(torch.stack(parts).sum(0) if parts else torch.zeros((), dtype=torch.float64))
         scalars = self.prologue([group for group, _ in work], totals)
         for (group, units), extra in zip(work, scalars, strict=True):
-            on_host = not (group["capturable"] or group["differentiable"])
             for unit, h in units:
-                for name, value in extra.items():  # a number makes the rule faster, but reading it stops a GPU
-                    h[name] = value.item() if on_host and value.device.type == "cpu" else value.to(unit.compute_dtype)
+                h.update(self._readable(group, unit, extra))
+
+    def _measure_one(self, group: Group, unit: Unit, h: Hyper) -> Hyper:
+        """Sum :meth:`measure` over the parameter of a unit; returns what :meth:`own_scalars` makes of it."""
+        generator = unit.generator
+        before = generator.get_state() if generator is not None else None
+        total = torch.stack(list(self._measured(group, unit, h))).sum(0)
+        if generator is not None and before is not None:  # the rule needs the same noise
+            generator.set_state(before)
+        return self._readable(group, unit, self.own_scalars(unit.members[0].param, total, h))
+
+    @staticmethod
+    def _readable(group: Group, unit: Unit, scalars: dict[str, Tensor]) -> Hyper:
+        """Scalars as numbers, which make the rule faster, where reading them does not stop a GPU or cut a graph."""
+        on_host = not (group["capturable"] or group["differentiable"])
+        return {
+            name: value.item() if on_host and value.device.type == "cpu" else value.to(unit.compute_dtype)
+            for name, value in scalars.items()
+        }
+
+    def _measured(self, group: Group, unit: Unit, h: Hyper) -> Iterator[Tensor]:
+        """:meth:`measure` of a unit block by block, in float64."""
+        for p, g, state in self._pieces(group, unit):
+            yield self.measure(p, -g if group["maximize"] else g, state, h).double()
 
     def _pieces(self, group: Group, unit: Unit) -> Iterator[tuple[Tensor, Tensor, State]]:
         """Values, gradients and states of a unit, block by block, in the dtype of computation."""
-        dtype, names = unit.compute_dtype, list(self.state_names(group))
+        dtype = unit.compute_dtype
         if unit.listed:
-            for member, grad in zip(unit.members, unit.grads, strict=True):
-                g = -grad.to(dtype) if group["maximize"] else grad.to(dtype)
-                state = {name: real_view(member.state[name]).to(dtype) for name in names}
-                yield real_view(member.param).clone().to(dtype), g, state
+            for index, (member, grad) in enumerate(zip(unit.members, unit.grads, strict=True)):
+                state = {name: real_view(member.state[name]).to(dtype) for name in self.state_names(group)}
+                noise = {"noise": unit.noise[index]} if unit.noise else {}
+                yield real_view(member.param).clone().to(dtype), grad.to(dtype), {**state, **noise}
             return
         p, g = load(unit)
-        size = self._block(p)
-        states_of = [unit.state[name].split(size) for name in names]
-        for pb, gb, *states in zip(p.split(size), g.split(size), *states_of, strict=True):
-            gb = -gb.to(dtype) if group["maximize"] else gb.to(dtype)
-            yield pb.to(dtype), gb, {name: t.to(dtype) for name, t in zip(names, states, strict=True)}
+        size, inputs = self._block(p), unit.inputs()
+        for pb, gb, *states in zip(*(blocks(t, size) for t in (p, g, *inputs.values())), strict=True):
+            state = {name: t.to(dtype) for name, t in zip(inputs, states, strict=True)}
+            if unit.generator is not None:
+                state["noise"] = torch.empty_like(pb, dtype=dtype).normal_(generator=unit.generator)
+            yield pb.to(dtype), gb.to(dtype), state
 
 
 def _own(value: Any) -> Any:

@@ -154,7 +154,7 @@ class Layout:
 
     state: Mapping[str, float | None]  # name -> initial fill; None: the parameter's value
     rowwise: bool
-    concatenate: bool  # small parameters share a unit
+    concatenate: bool  # parameters may share a unit
     listed: bool  # all units are lists
     listed_devices: tuple[str, ...]  # device types whose large parameters are updated as lists
     float32_state: bool
@@ -216,7 +216,7 @@ def _split(members: list[Member], layout: Layout) -> list[list[Member]]:
         row = numel // param.shape[0] if layout.rowwise and param.ndim >= 2 else 0
         key = (param.device, param.dtype, member.step, layout.split_1d and param.ndim <= 1, listed, row)
         group, filled = open_groups.get(key, ([], 0))
-        if not listed and (not layout.concatenate or numel >= layout.small):
+        if not layout.concatenate or (not listed and numel >= layout.small):
             groups.append([member])
         elif group and (listed or filled + numel <= layout.capacity):
             group.append(member)

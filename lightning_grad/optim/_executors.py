@@ -82,16 +82,6 @@ def run_in_place(
                 write(t, new_s[name].tensor)
 
 
-def run_whole(rule: Rule, group: Group, unit: Unit, h: Hyper, p: Tensor, g: Tensor) -> None:
-    """Run the rule on a whole parameter, for rules that reduce over it; arguments as for :func:`run_in_place`."""
-    dtype = unit.compute_dtype
-    state = {name: t.to(dtype) for name, t in unit.inputs().items()}
-    new_p, new_s = rule(p.to(dtype), -g.to(dtype) if group["maximize"] else g.to(dtype), state, h)
-    write(p, new_p, group["stochastic_rounding"])
-    for name, value in new_s.items():
-        write(unit.state[name], value)
-
-
 def signed(gradient: Tensor, group: Group, pool: Pool) -> Buffer:
     """The gradient to descend along."""
     return Buffer((-Buffer(gradient, pool=pool)).tensor if group["maximize"] else gradient, pool=pool)
@@ -123,21 +113,20 @@ def run_list(rule: Rule, group: Group, unit: Unit, names: list[str], h: Hyper) -
 def run_differentiable(
     rule_for: Callable[[Tensor, Hyper], Rule], group: Group, unit: Unit, names: list[str], h: Hyper
 ) -> None:
-    """Run the rule on each parameter under autograd; states are replaced, so that the graph outlives the next step."""
-    dtype = unit.compute_dtype
-    for index, (member, grad) in enumerate(zip(unit.members, unit.grads, strict=True)):
-        g = grad.to(dtype)
-        s = {name: real_view(member.state[name]).to(dtype) for name in names}
-        if unit.noise:
-            s["noise"] = unit.noise[index]
-        # a copy: the graph must not see the in-place change below
-        p = real_view(member.param).clone().to(dtype)
-        new_p, new_s = rule_for(member.param, h)(p, -g if group["maximize"] else g, s, h)
-        new_p = stochastic_round(new_p) if group["stochastic_rounding"] else new_p
-        member.param.copy_(torch.view_as_complex(new_p) if unit.is_complex else new_p)
-        for name, value in new_s.items():
-            value = torch.view_as_complex(value) if unit.is_complex else value
-            member.state[name] = value.to(member.state[name].dtype)
+    """Run the rule on one parameter under autograd; states are replaced, so that the graph outlives the next step."""
+    (member,), (grad,), dtype = unit.members, unit.grads, unit.compute_dtype
+    g = grad.to(dtype)
+    s = {name: real_view(member.state[name]).to(dtype) for name in names}
+    if unit.noise:
+        s["noise"] = unit.noise[0]
+    # a copy: the graph must not see the in-place change below
+    p = real_view(member.param).clone().to(dtype)
+    new_p, new_s = rule_for(member.param, h)(p, -g if group["maximize"] else g, s, h)
+    new_p = stochastic_round(new_p) if group["stochastic_rounding"] else new_p
+    member.param.copy_(torch.view_as_complex(new_p) if unit.is_complex else new_p)
+    for name, value in new_s.items():
+        value = torch.view_as_complex(value) if unit.is_complex else value
+        member.state[name] = value.to(member.state[name].dtype)
 
 
 def run_compiled(

@@ -289,9 +289,9 @@ def stochastic_round(x: Tensor) -> Tensor:
 
     A uniform 16-bit number is added to the raw bits and the low half is cleared. Infinities and NaN pass unchanged.
     """
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
-    rounded = ((x.view(torch.int32) + noise) & -65536).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x)
+    bits = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
+    bits.add_(x.view(torch.int32)).bitwise_and_(-65536)
+    return torch.where(x.isfinite(), bits.view(torch.float32), x)
 
 
 def square_sum(x: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class NormalizedGD(RuleOptimizer):
     def hyper(self, group: Group, step: Any) -> Hyper:
         return {
             "lr": group["lr"], "eps": group["eps"], "keep": 1.0 - group["lr"] * group["weight_decay"],
-            "decays": group["weight_decay"] != 0.0, "own_norm": group["norm"] == "tensor",
+            "decays": group["weight_decay"] != 0.0,
         }  # fmt: skip
 
     @override
@@ -76,12 +76,15 @@ class NormalizedGD(RuleOptimizer):
         return [{"scale": _scale(group["lr"], norm, group["eps"])} for group in groups]
 
     @override
+    def own_scalars(self, param: Tensor, total: Tensor, h: Hyper) -> dict[str, Tensor]:
+        return {"scale": _scale(h["lr"], total.sqrt(), h["eps"])}
+
+    @override
     @staticmethod
     def rule(p: Any, g: Any, s: State, h: Hyper) -> tuple[Any, State]:
         if h["decays"]:
             p = p * h["keep"]
-        scale = _scale(h["lr"], (g * g).sum().sqrt(), h["eps"]) if h["own_norm"] else h["scale"]
-        return axpy(p, g, -scale), {}
+        return axpy(p, g, -h["scale"]), {}
 
 
 def _scale(lr: Any, norm: Tensor, eps: Any) -> Tensor:

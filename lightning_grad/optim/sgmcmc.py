@@ -12,10 +12,10 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_grad.optim._base import Kind, RuleOptimizer
-from lightning_grad.optim._buckets import LOW_PRECISION, Unit
+from lightning_grad.optim._buckets import LOW_PRECISION
 from lightning_grad.optim._checks import Switches, check_non_negative
-from lightning_grad.optim._executors import Group, Hyper, Rule, State
-from lightning_grad.optim._math import Pool, axpy, ema_of_square, scale_add
+from lightning_grad.optim._executors import Group, Hyper, State
+from lightning_grad.optim._math import axpy, ema_of_square, scale_add, square_sum
 
 
 class _Langevin(RuleOptimizer):
@@ -184,44 +184,36 @@ class SGLD(_Langevin):
         return {**super().hyper(group, step), "sphere": group["sphere"]}
 
     @override
-    def rule_for(self, param: Tensor, h: Hyper) -> Rule:
-        return lambda p, g, s, h: self.rule(p, g, s, self._on_sphere(param, h, p.dtype))
+    @staticmethod
+    def measure(p: Tensor, g: Tensor, s: State, h: Hyper) -> Tensor:
+        move = _with_prior(p, g, h) * -h["lr"]
+        move = axpy(move, s["noise"], h["std"]) if h["noisy"] else move
+        return torch.stack([square_sum(p), (p * move).sum(), square_sum(move)])
 
     @override
-    def _run(self, group: Group, unit: Unit, h: Hyper, pool: Pool) -> None:
-        if not unit.listed:
-            h = self._on_sphere(unit.members[0].param, h, unit.compute_dtype)
-        super()._run(group, unit, h, pool)
-
-    def _on_sphere(self, param: Tensor, h: Hyper, dtype: torch.dtype) -> Hyper:
-        """Add the radius of the parameter's sphere, which is its norm when first seen."""
-        if not h["sphere"]:
-            return h
+    def own_scalars(self, param: Tensor, total: Tensor, h: Hyper) -> dict[str, Tensor]:
+        """The move without its radial part is ``p * (1 - <p, u>/<p, p>) + u``; then the norm is set to the radius."""
+        pp, pu, uu = total.unbind()
         state = self.state[param]
         if "radius" not in state:
-            value = param.detach()
-            state["radius"] = torch.linalg.vector_norm(
-                torch.view_as_real(value) if value.is_complex() else value.double()
-            )
+            state["radius"] = pp.detach().sqrt()
             self._remember()
-        return {**h, "radius": state["radius"].to(dtype), "sphere": param.ndim > 0}
+        radius = state["radius"]
+        bound = (pp > 0) & (radius > 0) & (param.ndim > 0)  # a tensor that starts at zero has no sphere
+        one = torch.ones_like(pp)
+        along = torch.where(bound, pu / torch.where(bound, pp, one), torch.zeros_like(pp))
+        length = torch.where(bound, pp + (uu - along * pu).clamp_min(0.0), one).sqrt()
+        factor = torch.where(bound, radius / length, one)
+        return {"keep": (1.0 - along) * factor, "lr": h["lr"] * factor, "std": h["std"] * factor}
 
     @override
     @staticmethod
     def rule(p: Any, g: Any, s: State, h: Hyper) -> tuple[Any, State]:
         g = _with_prior(p, g, h)
-        if not h["sphere"]:
-            p = axpy(p, g, -h["lr"])
-            return (axpy(p, s["noise"], h["std"]) if h["noisy"] else p), {}
-        step = -h["lr"] * g + (h["std"] * s["noise"] if h["noisy"] else 0.0)
-        square = (p * p).sum()
-        radial = (p * step).sum() / torch.where(square == 0, torch.ones_like(square), square)
-        free = h["radius"] == 0  # a tensor that starts at zero has no sphere
-        moved = p + step - p * torch.where(free, torch.zeros_like(radial), radial)
-        norm = (moved * moved).sum().sqrt()
-        stays = free | (norm == 0)
-        scale = torch.where(stays, torch.ones_like(norm), h["radius"] / torch.where(stays, torch.ones_like(norm), norm))
-        return moved * scale, {}
+        if h["sphere"]:
+            p = p * h["keep"]
+        p = axpy(p, g, -h["lr"])
+        return (axpy(p, s["noise"], h["std"]) if h["noisy"] else p), {}
 
 
 class PSGLD(_Langevin):

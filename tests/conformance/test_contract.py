@@ -87,10 +87,10 @@ class Memory(TorchDispatchMode):
         self.live -= size
 
 
-# A step's temporaries on CPU, whatever the size of the model; also told in docs/methods/index.md.
-BUDGET = 16 << 20
-# Rules that reduce over a tensor before they change it: temporaries of so many times the largest parameter.
-WHOLE_TENSOR = {("NormalizedGD", 1): 5, ("SGLD", 1): 7}
+# A step's temporaries on CPU, whatever the size of the model: arrays of the size of a bucket, 2^18 numbers in float32.
+# Also told in docs/methods/index.md. Numbers of another dtype are copied to float32 first, so that they need more.
+BUCKET = 4 << 18
+ARRAYS = {torch.float32: 6, torch.bfloat16: 14}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -107,17 +107,13 @@ def test_memory_is_state_and_a_fixed_number_of_bytes(case: Case, kwargs: dict[st
     optimizer = case.cls(params, **{**kwargs, **heat(case, dtype), **switches})
     size = params[0].element_size()
     state = size * sum(p.numel() for p in params) * len(optimizer.state_names(optimizer.param_groups[0]))
-    factor = WHOLE_TENSOR.get((case.cls.__name__, case.kwargs.index(kwargs)), 0)
-    allowed = BUDGET + factor * 4 * params[-1].numel()
     memory = Memory()
     for _ in range(2):
         with memory:
             memory.peak = memory.live
             optimizer.step()
-        assert memory.peak <= state + allowed
+        assert memory.peak <= state + ARRAYS[dtype] * BUCKET
         assert state <= memory.live <= state + max(size, 4) * 2 * optimizer.capacity + 4096 * 50
-    # the bound means something: less than a copy of the largest parameter, or less than without blocks
-    assert factor or 4 * params[-1].numel() >= BUDGET
 
 
 @pytest.mark.slow
@@ -132,7 +128,7 @@ def test_memory_compiled(cls: Any) -> None:
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         optimizer.step()
     changes = [e.self_cpu_memory_usage for e in profile.events() if e.name != "[memory]"]
-    assert sum(c for c in changes if c > 0) <= BUDGET // 4
+    assert sum(c for c in changes if c > 0) <= 4 * BUCKET
 
 
 @every
@@ -145,9 +141,8 @@ def test_nothing_is_compiled_unless_asked_for(case: Case, monkeypatch: pytest.Mo
     params = make_params(torch.float32)
     for switches in MODES.values():
         run(case.cls(params, **case.kwargs[0], **switches), params, range(2))
-    if case.kwargs[0].get("norm") != "tensor":
-        with pytest.raises(AssertionError, match="compiled"):  # what shows that the test would notice
-            run(case.cls(params, **case.kwargs[0], compile=True), params, range(1))
+    with pytest.raises(AssertionError, match="compiled"):  # what shows that the test would notice
+        run(case.cls(params, **case.kwargs[0], compile=True), params, range(1))
 
 
 @every
