@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -12,12 +12,15 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 from torchmetrics import Metric
 
 from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
 from lightning_grad.statistics.curvature import HessianOperator, Mode, adam_scale
+
+_FULL_UP_TO = 20_000_000  # parameters
 
 
 @contextmanager
@@ -30,10 +33,11 @@ def curvature_operator(
 ) -> Iterator[HessianOperator]:
     """Yield the Hessian of the mean training loss on ``batches`` and processes; leaves no trace in the module.
 
-    The loss is ``pl_module.curvature_loss(batch)`` if there is such a method, else that of ``training_step(batch, 0)``,
-    with logging off and the metrics' states put back. Without autocast, in the module's present mode.
+    The loss is ``pl_module.curvature_loss(batch)`` if there is such a method, else that of ``training_step(batch, 0)``;
+    the parameters are those that the optimizer has. With logging off and the metrics' states put back, without
+    autocast, in the module's present mode.
     """
-    params = [p for p in pl_module.parameters() if p.requires_grad]
+    params = _params(trainer, pl_module)
     scale = adam_scale(trainer.optimizers[0], params) if preconditioned else None
     reduce = _mean_over_processes if _num_processes() > 1 else None
     with (
@@ -47,12 +51,16 @@ def curvature_operator(
 
 def _loss_function(pl_module: pl.LightningModule, batches: Sequence[Any]) -> Callable[[], Tensor]:
     own = getattr(pl_module, "curvature_loss", None)
+    # as Lightning decides it
+    index = (0,) if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2) else ()
 
     def loss() -> Tensor:
         return torch.stack([loss_of(batch) for batch in batches]).mean()
 
     def loss_of(batch: Any) -> Tensor:
-        output = own(batch) if own is not None else pl_module.training_step(batch, 0)
+        output = own(batch) if own is not None else pl_module.training_step(batch, *index)
+        if output is None:  # Lightning skips such a batch
+            raise FloatingPointError("training_step returned no loss for this batch.")
         value = output["loss"] if isinstance(output, dict) else output
         if not isinstance(value, Tensor):
             name = type(pl_module).__name__
@@ -103,8 +111,8 @@ def check_supported(name: str, trainer: pl.Trainer, pl_module: pl.LightningModul
     """Refuse what the Hessian of a whole model on the current batch cannot be had from.
 
     Raises:
-        MisconfigurationException: A sharding strategy, several optimizers, or manual optimization without
-            ``curvature_loss``.
+        MisconfigurationException: A sharding strategy, several optimizers, manual optimization without
+            ``curvature_loss``, or a ``training_step`` that fetches its batches itself.
         ValueError: Parameters of low precision, complex, or on several devices.
     """
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
@@ -119,7 +127,18 @@ def check_supported(name: str, trainer: pl.Trainer, pl_module: pl.LightningModul
             f"{name}: with manual optimization there is no loss to differentiate again. Define"
             f" {type(pl_module).__name__}.curvature_loss(batch)."
         )
-    HessianOperator(lambda: torch.zeros(()), [p for p in pl_module.parameters() if p.requires_grad])
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            f"{name} looks at the batch before the step; {type(pl_module).__name__}.training_step fetches its own from"
+            " `dataloader_iter`."
+        )
+    HessianOperator(lambda: torch.zeros(()), _params(trainer, pl_module))
+
+
+def _params(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Tensor]:
+    """The parameters that the optimizer moves, in the module's order."""
+    moved = {p for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    return [p for p in pl_module.parameters() if p.requires_grad and p in moved]
 
 
 def share_critical_batch(trainer: pl.Trainer, trace: float, lambda_max: float) -> None:
@@ -130,6 +149,11 @@ def share_critical_batch(trainer: pl.Trainer, trace: float, lambda_max: float) -
         scaler = getattr(callback, "lr_scaler", callback)
         if isinstance(scaler, BatchSizeLRScaler) and scaler.critical_batch == "curvature":
             scaler.critical_batch_size = (trace - lambda_max) / lambda_max
+
+
+def reorthogonalization(size: int) -> Literal["full", "none"]:
+    """Whether Lanczos keeps all its vectors: the basis is ``k`` times as large as the model."""
+    return "full" if size <= _FULL_UP_TO else "none"
 
 
 def first_of_window(trainer: pl.Trainer, batch_idx: int) -> bool:

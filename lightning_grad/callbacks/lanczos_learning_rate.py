@@ -19,6 +19,7 @@ from lightning_grad.callbacks._curvature import (
     is_sgd,
     learning_rate,
     momentum_of,
+    reorthogonalization,
     samples_per_step,
     share_critical_batch,
 )
@@ -32,7 +33,6 @@ from lightning_grad.statistics.stability import curvature_lr, growth_limit, heav
 Mu = float | Literal["abs_min", "smallest_positive"]
 
 _MOST_MOMENTUM = 0.99
-_FULL_UP_TO = 20_000_000  # parameters: the basis of Lanczos is k times as large
 
 
 class LanczosLearningRate(OwnsLearningRate):
@@ -100,7 +100,7 @@ class LanczosLearningRate(OwnsLearningRate):
 
     def __init__(
         self,
-        every_n_steps: int = 500,
+        every_n_steps: int = 2000,
         k: int = 20,
         num_probes: int = 1,
         rule: Literal["polyak", "inverse", "edge"] = "polyak",
@@ -290,7 +290,7 @@ class LanczosLearningRate(OwnsLearningRate):
                     seed=(self.seed + trainer.global_step) * 64,
                     device=hessian.device,
                     dtype=hessian.dtype,
-                    reorthogonalize="full" if hessian.size <= _FULL_UP_TO else "none",
+                    reorthogonalize=reorthogonalization(hessian.size),
                 )
         except FloatingPointError:
             self._skip()

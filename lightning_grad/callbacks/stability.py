@@ -21,10 +21,12 @@ from lightning_grad.callbacks._curvature import (
     is_sgd,
     learning_rate,
     momentum_of,
+    reorthogonalization,
     samples_per_step,
     share_critical_batch,
 )
 from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts, log_scalars
+from lightning_grad.optim.group_edits import GroupEdits
 from lightning_grad.statistics.curvature import HessianOperator, Mode, rademacher
 from lightning_grad.statistics.curvature_lanczos import lanczos
 from lightning_grad.statistics.curvature_trace import hutchinson
@@ -40,6 +42,7 @@ class _StepHook(TensorBoardCharts):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizer."""
         self._detach()
+        GroupEdits.of(trainer.optimizers[0])  # its hook must be the earlier one, whatever the order of the callbacks
 
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self._on_step(trainer, optimizer)
@@ -97,7 +100,7 @@ class StabilityMonitor(_StepHook):
     Raises:
         ValueError: An argument is out of range, or parameters are not float32 or float64.
         MisconfigurationException: A sharding strategy, several optimizers, manual optimization without
-            ``curvature_loss``.
+            ``curvature_loss``, a ``training_step`` with ``dataloader_iter``.
 
     State: what was measured and not logged yet; the copies of gradient and initial weights, if asked for.
     """
@@ -226,7 +229,7 @@ class StabilityMonitor(_StepHook):
                 beta = momentum_of(optimizer)
                 with curvature_operator(trainer, pl_module, [batch], self.mode, preconditioned=True) as scaled:
                     start = rademacher(scaled.size, self.seed + trainer.global_step, scaled.device, scaled.dtype)
-                    largest = float(lanczos(scaled, start, self.k).ritz()[0][-1])
+                    largest = float(lanczos(scaled, start, self.k, reorthogonalization(scaled.size)).ritz()[0][-1])
                 values["gd_limit"] = (2 + 2 * beta) / ((1 - beta) * largest) if largest > 0 else math.inf
         elif is_sgd(optimizer) and _is_plain(optimizer):
             batch_size = samples_per_step(trainer, batch)
@@ -239,7 +242,8 @@ class StabilityMonitor(_StepHook):
 
     def _curvature(self, hessian: HessianOperator, seed: int) -> tuple[float, float, float]:
         """Largest eigenvalue, trace, squared Frobenius norm."""
-        run = lanczos(hessian, rademacher(hessian.size, seed * 64, hessian.device, hessian.dtype), self.k)
+        start = rademacher(hessian.size, seed * 64, hessian.device, hessian.dtype)
+        run = lanczos(hessian, start, self.k, reorthogonalization(hessian.size))
         values, weights = run.ritz()
         # the start vector is a probe like the others: z'Hz and |Hz|^2 come with it
         traces = [hessian.size * float(weights @ values)]

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_grad._validate import check_choice
 
 Mode = Literal["autograd", "finite_difference", "auto"]
+_T = TypeVar("_T")
 
 
 class MatVec(Protocol):
@@ -104,24 +105,29 @@ class HessianOperator:
     def gradient(self) -> Tensor:
         """Return the gradient of the loss, flat, without the scale."""
         if self.mode != "finite_difference" and self._grads is None:
-            self._build()
+            self._or_differences(self._build)
         return self._reduced(_flat(self._grads or self._evaluate(create_graph=False)).detach().clone())
 
     def _reduced(self, value: Tensor) -> Tensor:
         return value if self._reduce is None else self._reduce(value)
 
     def _product(self, v: Tensor) -> Tensor:
-        if self.mode == "finite_difference":
-            return self._difference(v)
+        if self.mode != "finite_difference":
+            product = self._or_differences(lambda: self._second_derivative(v))
+            if product is not None:
+                self.mode = "autograd"
+                return product
+        return self._difference(v)
+
+    def _or_differences(self, compute: Callable[[], _T]) -> _T | None:
+        """Return what ``compute`` does, or ``None`` after a change to finite differences if ``auto`` allows that."""
         try:
-            product = self._second_derivative(v)
+            return compute()
         except (RuntimeError, NotImplementedError) as error:
             if self.mode != "auto" or not _no_second_derivative(error):
                 raise
             self.mode, self._grads = "finite_difference", None
-            return self._difference(v)
-        self.mode = "autograd"
-        return product
+            return None
 
     def _second_derivative(self, v: Tensor) -> Tensor:
         if self._grads is None:
@@ -241,19 +247,22 @@ def _checked(params: Sequence[Tensor]) -> list[Tensor]:
 @contextmanager
 def restored_buffers(module: nn.Module | None) -> Iterator[None]:
     """Give all buffers of ``module`` their present values back on leaving."""
-    saved = [(b, b.detach().clone()) for b in module.buffers()] if module is not None else []
+    saved = []
+    for owner in module.modules() if module is not None else ():
+        # by name too: a forward pass may put a new tensor in a buffer's place
+        saved += [(owner, name, b, b.detach().clone()) for name, b in owner.named_buffers(recurse=False)]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, old in saved:
-                buffer.copy_(old)
+            for owner, name, buffer, old in saved:
+                owner._buffers[name] = buffer.copy_(old)
 
 
 def rademacher(size: int, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
     """Return ``size`` independent signs; the same for a ``seed`` on every device."""
     generator = torch.Generator().manual_seed(seed)
-    signs: Tensor = torch.randint(0, 2, (size,), generator=generator) * 2 - 1
+    signs = torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
     return signs.to(device=device, dtype=dtype)
 
 
@@ -263,18 +272,23 @@ def adam_scale(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Te
 
     :math:`D H D` has the eigenvalues that decide whether Adam's step is stable.
 
+    0 for a parameter that had no gradient yet: there is no step along it.
+
     Raises:
         ValueError: The optimizer is not of Adam's family or took no step yet.
     """
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    if not any("exp_avg_sq" in optimizer.state.get(p, {}) for p in params):
+        raise ValueError(
+            f"The preconditioned Hessian needs Adam's second moments; {type(optimizer).__name__} has none (or took no"
+            " step yet)."
+        )
     parts = []
     for p in params:
         state, group = optimizer.state.get(p, {}), groups.get(p, {})
-        if "exp_avg_sq" not in state or "step" not in state or "betas" not in group:
-            raise ValueError(
-                f"The preconditioned Hessian needs Adam's second moments; {type(optimizer).__name__} has none for a"
-                " parameter of the model (or took no step yet)."
-            )
+        if "exp_avg_sq" not in state:
+            parts.append(torch.zeros_like(p).reshape(-1))
+            continue
         v_hat = state["exp_avg_sq"].to(p.dtype) / (1.0 - group["betas"][1] ** float(state["step"]))
         parts.append((v_hat.sqrt() + group["eps"]).rsqrt().reshape(-1))
     return torch.cat(parts)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_grad.statistics.curvature import HessianOperator, adam_scale, rademacher
-from lightning_grad.statistics.curvature_lanczos import lanczos, spectrum
+from lightning_grad.statistics.curvature_lanczos import _orthogonalize, lanczos, spectrum
 from lightning_grad.statistics.curvature_trace import hutchinson, hutchpp
 from lightning_grad.statistics.stability import curvature_lr, heavy_ball, stability_limits
 
@@ -143,6 +143,33 @@ def test_falls_back_only_in_auto_mode():
         hessian(torch.ones(2))
 
 
+def test_the_gradient_falls_back_too():
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    with HessianOperator(lambda: OnceDifferentiable.apply(w), [w]) as hessian:
+        assert hessian.gradient().tolist() == [4.0, 32.0]
+        assert hessian.mode == "finite_difference"
+
+
+def test_a_buffer_that_is_replaced_is_put_back():
+    class Counts(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 1)
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("none", None)
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return super().forward(x)
+
+    net = Counts()
+    kept = net.calls
+    with HessianOperator(lambda: net(torch.ones(3, 2)).square().sum(), list(net.parameters()), module=net) as hessian:
+        hessian(torch.ones(3))
+        assert float(net.calls) == 1
+    assert net.calls is kept
+    assert float(kept) == 0
+
+
 def test_a_linear_loss_has_no_curvature():
     w = torch.ones(3, requires_grad=True)
     unused = torch.ones(2, requires_grad=True)
@@ -196,6 +223,14 @@ def test_adams_preconditioner():
         assert torch.allclose(hessian(x), scale * (h @ (scale * x)), rtol=1e-9, atol=1e-12)
 
 
+def test_adams_preconditioner_leaves_out_what_never_had_a_gradient():
+    used, unused = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.Adam([used, unused], lr=1e-2)
+    used.sum().backward()
+    optimizer.step()
+    assert adam_scale(optimizer, [unused, used]).tolist() == pytest.approx([0, 0, 0, 1, 1], abs=1e-6)
+
+
 # Lanczos
 
 
@@ -204,6 +239,17 @@ def test_full_lanczos_finds_the_whole_spectrum():
     found = lanczos(lambda v: a @ v, rademacher(40, 1, dtype=torch.float64), 40)
     assert torch.allclose(found.ritz()[0], torch.linalg.eigvalsh(a), atol=1e-10)
     assert torch.allclose(found.basis @ found.basis.T, torch.eye(40, dtype=torch.float64), atol=1e-12)
+
+
+def test_orthogonal_where_once_is_not_enough():
+    """Nearly all of the vector lies in the span; and the basis of twenty products stays orthogonal in float32."""
+    basis = torch.linalg.qr(symmetric(60))[0][:10]
+    w = 1e9 * basis.sum(0) + torch.ones(60, dtype=torch.float64)
+    assert _orthogonalize(w, basis) == pytest.approx(float(w.norm()))
+    assert (basis @ w).abs().max() < 1e-12
+    values = torch.logspace(-9, 0, 5000)
+    found = lanczos(lambda v: values * v, rademacher(5000, 0), 20)
+    assert (found.basis @ found.basis.T - torch.eye(20)).abs().max() < 1e-5
 
 
 def test_extremes_of_a_known_spectrum():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_grad.callbacks.lanczos_learning_rate import LanczosLearningRate
 from lightning_grad.callbacks.stability import SGDTemperatureMonitor, StabilityMonitor
 from lightning_grad.statistics.stability import cosine
 
@@ -155,6 +157,71 @@ def test_adam_and_momentum():
     assert not memory.of("stability/lr_over_sgd_limit")
     (_, t), (_, tm) = memory.of("noise/temperature")[0], memory.of("noise/temperature_momentum")[0]
     assert tm == pytest.approx(10 * t)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_learning_rate_that_is_applied_is_compared(first):
+    """Whatever the order of the callbacks: the other one halves the learning rate in the step."""
+    monitor, scaler = StabilityMonitor(k=3), LanczosLearningRate(lr_bounds=(0.025, 0.025))
+    _, memory = fit([monitor, scaler] if first else [scaler, monitor], Valley(1.0), steps=1)
+    assert memory.of("stability/lr_over_gd_limit") == [(0, pytest.approx(0.025 * 4.0 / 2))]
+
+
+def test_other_signatures_of_training_step():
+    class Short(Net):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    _, memory = fit([StabilityMonitor(k=3)], Short(), steps=1)
+    assert len(memory.of("stability/lambda_max")) == 1
+
+    class Fetches(Net):
+        def training_step(self, dataloader_iter):
+            return super().training_step(next(dataloader_iter)[0], 0)
+
+    with pytest.raises(MisconfigurationException, match=r"StabilityMonitor .* `dataloader_iter`"):
+        fit([StabilityMonitor(k=3)], Fetches(), steps=1)
+
+
+def test_a_batch_that_training_step_skips_is_skipped():
+    class Skips(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if self.trainer.global_step == 0 and not self.seen.append(0) and len(self.seen) < 3 else loss
+
+        seen: ClassVar[list[int]] = []
+
+    monitor = StabilityMonitor(every_n_steps=2, k=3)
+    _, memory = fit([monitor], Skips(), steps=4)
+    assert memory.of("stability/skipped")
+    assert [step for step, _ in memory.of("stability/lambda_max")][-1] == 2
+
+
+def test_parameters_outside_the_optimizer_and_unused_ones_are_no_obstacle():
+    class Partly(Net):
+        def __init__(self):
+            super().__init__(lambda p: torch.optim.AdamW(p, lr=1e-3))
+            self.outside, self.unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+
+        def parameters(self, recurse=True):  # what configure_optimizers hands over
+            return (p for n, p in self.named_parameters() if n != "outside")
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 50.0 * self.outside.square().sum()
+
+    _, memory = fit([StabilityMonitor(every_n_steps=1, k=4)], Partly(), steps=3)
+    assert len(memory.of("stability/lr_over_gd_limit")) == 2
+    assert memory.of("stability/lambda_max")[0][1] < 50.0  # the outside ones have curvature 100
+
+
+def test_large_models_keep_no_basis(monkeypatch):
+    """Trace, norm and largest eigenvalue are the same with two vectors as with all of them."""
+    values = []
+    for limit in (1000, 10):
+        monkeypatch.setattr("lightning_grad.callbacks._curvature._FULL_UP_TO", limit)
+        _, memory = fit([StabilityMonitor(k=4)], steps=1)
+        values.append([memory.of(f"stability/{tag}")[0][1] for tag in ("lambda_max", "trace", "frobenius")])
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
 class Valley(pl.LightningModule):
