@@ -32,6 +32,7 @@ EXTRAS = {
     "demo": {"demo"},
     "bench": {"demo", "test"},
     "docs": {"docs"},
+    "gallery": {"demo", "docs", "minilm"},
     "test": {"demo", "docs", "hf", "minilm", "test", "triton"},
 }
 NETWORK_SIGNS = (
@@ -362,6 +363,11 @@ def docs(options, rest):
     return status
 
 
+def gallery(options, rest):
+    environment(EXTRAS["gallery"])
+    return call(in_venv("python"), os.path.join("examples", "gallery", "run.py"), *rest)
+
+
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="run.py", description="lightning-grad: try it, test it, measure it, read it.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -373,6 +379,11 @@ def parse(arguments):
     one.add_argument("--only", metavar="STAGES", help="comma-separated: " + ", ".join(STAGES))
     one.add_argument("--quick", action="store_true", help="leave out tests marked slow")
     add("bench", allow_abbrev=False, help="one benchmark, by name")
+    add(
+        "gallery",
+        allow_abbrev=False,
+        help="run every example at full length and write a report; --only NAMES, --short",
+    )
     add("docs", allow_abbrev=False, help="build the documentation").add_argument("--serve", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:
@@ -385,7 +396,9 @@ def main(arguments):
     try:
         check_python(sys.version_info)
         options, rest = parse(arguments)
-        return {"demo": demo, "test": test, "bench": bench, "docs": docs}[options.command](options, rest)
+        return {"demo": demo, "test": test, "bench": bench, "gallery": gallery, "docs": docs}[options.command](
+            options, rest
+        )
     except UserError as error:
         print(f"\n{error}", file=sys.stderr)
         return 2

@@ -1,27 +1,23 @@
 """AdamP and SGDP against AdamW and SGD on digits, with a network whose weights are followed by BatchNorm.
 
-    python examples/adamp/compare.py [--short]
+    python examples/adamp/compare.py [--short] [--out FOLDER]
 
 Prints the validation loss and how far the norm of the convolution weights grew, and draws compare.png (with --short:
-two epochs, drawn into the working directory).
+two epochs).
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import statistics
-import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 
 from lightning_grad import SGDP, AdamP
-from lightning_grad.demos import DigitsCNN, DigitsData, RecordMetrics
+from lightning_grad.demos import DigitsCNN, DigitsData, RecordMetrics, comparison
 
 METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamP": partial(AdamP, lr=4e-3, weight_decay=1e-2),
@@ -75,12 +71,7 @@ def train(make: Callable[..., torch.optim.Optimizer], seed: int, epochs: int) ->
 def main() -> None:
     import matplotlib.pyplot as plt
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="two epochs, to see that everything works")
-    short = parser.parse_args().short
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    torch.set_num_threads(1)
+    short, plot = comparison(__doc__, __file__)
     epochs, seeds = (2, (0,)) if short else (10, (0, 1, 2))
     figure, axes = plt.subplots(figsize=(6, 4))
     print(f"{'method':8s} {'val/loss':>18s} {'norm, last / first':>20s}")
@@ -94,7 +85,7 @@ def main() -> None:
     axes.set(xlabel="epoch", ylabel="norm of a convolution weight / start")
     axes.legend()
     figure.tight_layout()
-    figure.savefig("compare.png" if short else Path(__file__).parent / "compare.png", dpi=90)
+    figure.savefig(plot, dpi=90)
 
 
 if __name__ == "__main__":

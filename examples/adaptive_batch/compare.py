@@ -1,15 +1,13 @@
 """DigitsCNN with Adagrad: a small batch, a large batch, and batches that grow by the norm test.
 
-    python examples/adaptive_batch/compare.py [--short]
+    python examples/adaptive_batch/compare.py [--short] [--out FOLDER]
 
 For each, the learning rate with the best validation loss on one seed is then run on three others. Prints the table of
-the README and draws compare.png (with --short: one epoch, rate and seed, drawn into the working directory).
+the README and draws compare.png (with --short: one epoch, rate and seed).
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import statistics
 import time
 import warnings
@@ -20,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_grad import AdaptiveBatchSize, BatchSizeLRScaler, NormTest, SamplesLR
-from lightning_grad.demos import DigitsCNN, DigitsData
+from lightning_grad.demos import DigitsCNN, DigitsData, comparison
 
 HERE = Path(__file__).parent
 SMALL, LARGE = 16, 256
@@ -83,11 +81,7 @@ def train(kind: str, lr: float, seed: int, epochs: int) -> Curve:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="one epoch, to see that everything works")
-    short = parser.parse_args().short
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
+    short, plot = comparison(__doc__, __file__)
     warnings.filterwarnings("ignore", message=".*samples_seen.*")
     epochs, seeds, rates = (1, (0,), RATES[2:3]) if short else (8, (2, 3, 4), RATES)
     torch.set_num_threads(1)  # the network is too small to share
@@ -100,9 +94,8 @@ def main() -> None:
         chosen = min(trials, key=lambda lr: trials[lr])
         found[kind] = [train(kind, chosen, seed, epochs) for seed in seeds]
         print(row(kind, chosen, found[kind]), flush=True)
-    target = Path("compare.png") if short else HERE / "compare.png"
-    draw(found, target)
-    print(f"drawn: {target}; {time.perf_counter() - started:.0f} s")
+    draw(found, plot)
+    print(f"drawn: {plot}; {time.perf_counter() - started:.0f} s")
 
 
 def row(kind: str, lr: float, curves: list[Curve]) -> str:

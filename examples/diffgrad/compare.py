@@ -1,16 +1,13 @@
 """DigitsCNN with DiffGrad, AdamW and SGD: a learning-rate grid for each, several seeds.
 
-    python examples/diffgrad/compare.py [--short]
+    python examples/diffgrad/compare.py [--short] [--out FOLDER]
 
-Prints the tables of the README and draws compare.png (with --short: two epochs, drawn into the working directory).
+Prints the tables of the README and draws compare.png (with --short: two epochs).
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import statistics
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_grad import DiffGrad
-from lightning_grad.demos import DigitsCNN, DigitsData, RecordMetrics
+from lightning_grad.demos import DigitsCNN, DigitsData, RecordMetrics, comparison
 
 HERE = Path(__file__).parent
 ADAPTIVE = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
@@ -64,13 +61,8 @@ def mean_and_spread(values: list[float]) -> str:
 def main() -> None:
     import matplotlib.pyplot as plt
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="two epochs, to see that everything works")
-    short = parser.parse_args().short
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
+    short, plot = comparison(__doc__, __file__)
     epochs, seeds = (2, (0,)) if short else (10, (0, 1, 2))
-    torch.set_num_threads(1)  # the network is too small to share
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     grid, best = [], []
     for name, (make, rates) in METHODS.items():
@@ -97,9 +89,8 @@ def main() -> None:
     axes[1].set(xlabel="step", ylabel="validation loss", yscale="log")
     for panel in axes:
         panel.legend()
-    target = Path("compare.png") if short else HERE / "compare.png"
-    figure.savefig(target, dpi=100, bbox_inches="tight")
-    print(f"drawn: {target}")
+    figure.savefig(plot, dpi=100, bbox_inches="tight")
+    print(f"drawn: {plot}")
 
 
 if __name__ == "__main__":

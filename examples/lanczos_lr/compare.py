@@ -1,19 +1,17 @@
 """SGD on digits: the best of a grid of constant rates next to LanczosLearningRate, constant and with linear decay.
 
-    python examples/lanczos_lr/compare.py [--short] [--long]
+    python examples/lanczos_lr/compare.py [--short] [--long] [--out FOLDER]
 
 The rate of the grid is chosen by the validation loss of one seed; the table has three others. Prints the table of the
-README and draws compare.png (with --short: one epoch, rate and seed, drawn into the working directory). --long: forty
+README and draws compare.png (with --short: one epoch, rate and seed). --long: forty
 epochs, the rate 0.16 against intervals and numbers of products.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 
 from lightning_grad import LanczosLearningRate, LinearDecayLR
 from lightning_grad.demos import DigitsData, DigitsMLP, RecordLogger, RecordMetrics
+from lightning_grad.demos.comparison import quiet
 
 RATES = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 PLAIN = {"max_growth": None, "early": False, "smooth_falls": True}
@@ -73,11 +72,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="one epoch, to see that everything works")
     parser.add_argument("--long", action="store_true", help="forty epochs, another table and no picture")
+    parser.add_argument("--out", type=Path, help="folder for compare.png")
     options = parser.parse_args()
     short = options.short
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    torch.set_num_threads(1)
+    quiet()
     epochs, seeds, rates = (1, (0,), RATES[3:4]) if short else (10, (11, 12, 13), RATES)
     started = time.perf_counter()
     if options.long:
@@ -87,7 +85,7 @@ def main() -> None:
     best = [rates[losses.index(min(losses))] for losses in grid]
     print(f"grid on seed 9: {[[round(loss, 3) for loss in losses] for losses in grid]}, best {best}")
     means, curves = table(KINDS, best, seeds, epochs)
-    target = Path("compare.png") if short else Path(__file__).parent / "compare.png"
+    target = (options.out or (Path() if short else Path(__file__).parent)) / "compare.png"
     draw(rates, grid, means, curves, target)
     print(f"drawn: {target}; {time.perf_counter() - started:.0f} s")
 

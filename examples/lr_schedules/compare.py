@@ -1,19 +1,16 @@
 """SGD on digits: schedules of the learning rate when the end is known, and when it is not.
 
-    python examples/lr_schedules/compare.py [--short]
+    python examples/lr_schedules/compare.py [--short] [--out FOLDER]
 
 Each schedule's rate is chosen by the validation loss of one seed at the full length; the table has three others. A run
 is stopped after 4, 8 and 16 epochs. Prints the table of the README and draws compare.png (with --short: two epochs, one
-rate and seed, drawn into the working directory).
+rate and seed).
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import statistics
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_grad import CooldownLR, InverseSqrtLR, LinearDecayLR
-from lightning_grad.demos import DigitsData, DigitsMLP, RecordMetrics
+from lightning_grad.demos import DigitsData, DigitsMLP, RecordMetrics, comparison
 
 RATES = (0.04, 0.08, 0.16, 0.32, 0.64)
 STEPS_PER_EPOCH = 21
@@ -76,12 +73,7 @@ def train(kind: str, lr: float, seed: int, epochs: int, planned: int) -> RecordM
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="two epochs, to see that everything works")
-    short = parser.parse_args().short
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    torch.set_num_threads(1)
+    short, plot = comparison(__doc__, __file__)
     ends, seeds, rates = ((1, 2), (0,), RATES[2:3]) if short else ((4, 8, 16), (11, 12, 13), RATES)
     last = ends[-1]
     started = time.perf_counter()
@@ -101,9 +93,8 @@ def main() -> None:
         if kind == "linear decay":
             known = [[train(kind, best, s, n, n).last("val/loss") for s in seeds] for n in ends[:-1]]
             print(row(kind, "the very end", best, [*known, stopped[-1]]), flush=True)
-    target = Path("compare.png") if short else Path(__file__).parent / "compare.png"
-    draw(drawn, target)
-    print(f"drawn: {target}; {time.perf_counter() - started:.0f} s")
+    draw(drawn, plot)
+    print(f"drawn: {plot}; {time.perf_counter() - started:.0f} s")
 
 
 def row(kind: str, planned: str, lr: float, losses: list[list[float]]) -> str:

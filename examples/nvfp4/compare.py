@@ -1,15 +1,12 @@
 """TinyGPT in float32 and under NVFP4, same seed and batches: validation loss and saved activation memory.
 
-    python examples/nvfp4/compare.py [--short]
+    python examples/nvfp4/compare.py [--short] [--out FOLDER]
 
-Prints the table of the README and draws compare.png (with --short: a few steps, drawn into the working directory).
+Prints the table of the README and draws compare.png (with --short: a few steps).
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad import NVFP4Precision, NVFP4PrecisionSwitch
-from lightning_grad.demos import RecordMetrics, SourceText, TinyGPT
+from lightning_grad.demos import RecordMetrics, SourceText, TinyGPT, comparison
 
 HERE = Path(__file__).parent
 RUNS: dict[str, tuple[dict[str, Any] | None, float | None]] = {
@@ -88,12 +85,7 @@ def saved_bytes(plugin: NVFP4Precision | None) -> tuple[int, int]:
 def main() -> None:
     import matplotlib.pyplot as plt
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="a few steps, to see that everything works")
-    short = parser.parse_args().short
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    torch.set_num_threads(1)  # the layers are too small to share
+    short, plot = comparison(__doc__, __file__)
     seeds, steps = ((0,), 4) if short else ((0,), 300)
     figure, axes = plt.subplots(figsize=(7, 4))
     base: dict[int, float] = {}
@@ -112,9 +104,8 @@ def main() -> None:
     print(f"kept for backward, whole model, 1024 tokens: {whole:,} -> {whole4:,} bytes ({whole4 / whole:.1%})")
     axes.set(xlabel="step", ylabel="validation loss")
     axes.legend()
-    target = Path("compare.png") if short else HERE / "compare.png"
-    figure.savefig(target, dpi=100, bbox_inches="tight")
-    print(f"drawn: {target}")
+    figure.savefig(plot, dpi=100, bbox_inches="tight")
+    print(f"drawn: {plot}")
 
 
 if __name__ == "__main__":

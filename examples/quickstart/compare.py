@@ -1,19 +1,16 @@
 """The quickstart with DiffGrad and with AdamW: same model, data, seed and length.
 
-    python examples/quickstart/compare.py [--short]
+    python examples/quickstart/compare.py [--short] [--out FOLDER]
 
-Prints the table of the README and draws compare.png (with --short: a few steps, drawn into the working directory).
+Prints the table of the README and draws compare.png (with --short: a few steps).
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-import torch
-
 from lightning_grad.cli import LightningGradCLI
-from lightning_grad.demos import RecordMetrics
+from lightning_grad.demos import RecordMetrics, comparison
 
 HERE = Path(__file__).parent
 # where gradients change by much less than 1, as here, DiffGrad is Adam at half the learning rate
@@ -34,10 +31,7 @@ def train(optimizer: str, lr: float, short: bool) -> RecordMetrics:
 def main() -> None:
     import matplotlib.pyplot as plt
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="a few steps, to see that everything works")
-    short = parser.parse_args().short
-    torch.set_num_threads(1)  # as in the config; the callbacks are replaced
+    short, plot = comparison(__doc__, __file__)
     figure, axes = plt.subplots(figsize=(6, 4))
     rows = []
     for optimizer, lr in VARIANTS.items():
@@ -51,9 +45,8 @@ def main() -> None:
         print(f"| {optimizer} | {lr:g} | " + " | ".join(f"{value:.3f}" for _, value in curve) + " |")
     axes.set(xlabel="step", ylabel="validation loss (nats per byte)")
     axes.legend()
-    target = Path("compare.png") if short else HERE / "compare.png"
-    figure.savefig(target, dpi=100, bbox_inches="tight")
-    print(f"drawn: {target}")
+    figure.savefig(plot, dpi=100, bbox_inches="tight")
+    print(f"drawn: {plot}")
 
 
 if __name__ == "__main__":

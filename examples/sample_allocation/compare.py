@@ -1,15 +1,12 @@
 """An even split against allocated samples on ArithmeticChain: variance of the gradient, and accuracy at equal budget.
 
-    python examples/sample_allocation/compare.py [--short]
+    python examples/sample_allocation/compare.py [--short] [--out FOLDER]
 
-Prints the two tables of the README and draws compare.png (with --short: a few steps, drawn into the working directory).
+Prints the two tables of the README and draws compare.png (with --short: a few steps).
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -20,7 +17,7 @@ from lightning_grad.allocation.e_step import EStep
 from lightning_grad.allocation.integer import allocate
 from lightning_grad.allocation.planner import AllocationRule
 from lightning_grad.allocation.sample_weights import allocation_weights
-from lightning_grad.demos import ArithmeticPolicy, ArithmeticPrompts
+from lightning_grad.demos import ArithmeticPolicy, ArithmeticPrompts, comparison
 from lightning_grad.demos import arithmetic as chain
 from lightning_grad.demos.arithmetic_oracle import gradient_statistics, planned_ratios
 
@@ -81,12 +78,7 @@ def train(state: dict[str, torch.Tensor], warmup: int, epochs: int, seed: int) -
 def main() -> None:
     import matplotlib.pyplot as plt
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="a few steps, to see that everything works")
-    short = parser.parse_args().short
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    torch.set_num_threads(1)
+    short, plot = comparison(__doc__, __file__)
     model = base_model(30 if short else 800)
     if short:
         variance_table(model, 4, 40, 2)
@@ -105,9 +97,8 @@ def main() -> None:
     plt.xlabel("iteration (8 samples per prompt)")
     plt.ylabel("held-out accuracy")
     plt.legend()
-    target = Path("compare.png") if short else HERE / "compare.png"
-    plt.savefig(target, dpi=100, bbox_inches="tight")
-    print(f"drawn: {target}")
+    plt.savefig(plot, dpi=100, bbox_inches="tight")
+    print(f"drawn: {plot}")
 
 
 if __name__ == "__main__":

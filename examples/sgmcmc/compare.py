@@ -1,19 +1,15 @@
 """Predictions on digits from one network, and from posterior samples of SGHMC: accuracy and calibration.
 
-    python examples/sgmcmc/compare.py [--short]
+    python examples/sgmcmc/compare.py [--short] [--out FOLDER]
 
 The training set is cut to 300 images, so that one network is too sure of itself. Prints the table of the README and
-draws compare.png (with --short: few steps, drawn into the working directory).
+draws compare.png (with --short: few steps).
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -21,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad import SGHMC, BindDataSize, PosteriorSamples
-from lightning_grad.demos import DigitsCNN, DigitsData
+from lightning_grad.demos import DigitsCNN, DigitsData, comparison
 
 
 class Model(DigitsCNN):
@@ -74,12 +70,7 @@ def predict(model: Model, images: Tensor) -> Tensor:
 def main() -> None:
     import matplotlib.pyplot as plt
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="few steps, to see that everything works")
-    short = parser.parse_args().short
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    torch.set_num_threads(1)
+    short, plot = comparison(__doc__, __file__)
     steps, burn_in = (40, 20) if short else (3000, 1000)
     train_set, images, labels = data()
     print(f"{'prediction':32s} {'accuracy':>9s} {'log loss':>9s} {'calibration error':>18s}")
@@ -101,7 +92,7 @@ def main() -> None:
     axes.set(xlabel="confidence", ylabel="validation images", yscale="log")
     axes.legend()
     figure.tight_layout()
-    figure.savefig("compare.png" if short else Path(__file__).parent / "compare.png", dpi=90)
+    figure.savefig(plot, dpi=90)
 
 
 if __name__ == "__main__":

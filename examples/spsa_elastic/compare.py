@@ -1,15 +1,14 @@
 """An elastic run on one machine: one of three workers is killed, another joins; the survivors have the same bits.
 
-    python examples/spsa_elastic/compare.py [--short]
+    python examples/spsa_elastic/compare.py [--short] [--out FOLDER]
 
-Prints the table of the README and draws compare.png (with --short: few steps, drawn into the working directory).
+Prints the table of the README and draws compare.png (with --short: few steps).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import signal
 import socket
@@ -18,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -26,6 +24,7 @@ import torch
 
 from lightning_grad import ElasticSPSAStrategy
 from lightning_grad.demos import DigitsData, DigitsMLP
+from lightning_grad.demos.comparison import quiet
 from lightning_grad.spsa import Journal, digest64, replay
 from lightning_grad.spsa.auth import Authenticator
 from lightning_grad.spsa.observer import Observer
@@ -160,11 +159,9 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="few steps, to see that everything works")
     parser.add_argument("--nursery", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=1000, help="steps of the run")
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="folder for compare.png")
     args = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
+    quiet()
     if args.nursery:
         Nursery.serve(args.nursery, args.steps, args.out)
         return
@@ -195,7 +192,8 @@ def main() -> None:
     axes[1].step(range(steps), answers, where="post")
     axes[1].set(xlabel="step", title="workers that answered", ylim=(0, 4))
     figure.tight_layout()
-    figure.savefig("compare.png" if args.short else HERE / "compare.png", dpi=110)
+    folder = args.out or (Path() if args.short else HERE)
+    figure.savefig(folder / "compare.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
 """MiniLM on docstrings with forward passes only: one worker, and four workers that exchange bytes.
 
-    python examples/spsa_minilm/compare.py [--short]
+    python examples/spsa_minilm/compare.py [--short] [--out FOLDER]
 
-Prints the table of the README and draws compare.png (with --short: a few steps, drawn into the working directory).
+Prints the table of the README and draws compare.png (with --short: a few steps).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import tempfile
 import time
 import warnings
@@ -20,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_grad import SharedSeedSPSAStrategy
-from lightning_grad.demos import DocstringData, MiniLMSentences
+from lightning_grad.demos import DocstringData, MiniLMSentences, comparison
 
 HERE = Path(__file__).parent
 TRAINABLE = ["upper.*.bias", "upper.*LayerNorm.weight"]
@@ -83,10 +81,7 @@ def train(workers: int, steps: int, seed: int, every: int, sizes: dict[str, int]
 def main() -> None:
     import matplotlib.pyplot as plt
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="a few steps, to see that everything works")
-    short = parser.parse_args().short
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    short, plot = comparison(__doc__, __file__)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     sizes = {"num_train": 64, "num_val": 32} if short else {}
@@ -104,7 +99,7 @@ def main() -> None:
         axis.set(xlabel="forward passes of all workers", title=title)
         axis.legend()
     figure.tight_layout()
-    figure.savefig("compare.png" if short else HERE / "compare.png", dpi=110)
+    figure.savefig(plot, dpi=110)
 
 
 if __name__ == "__main__":

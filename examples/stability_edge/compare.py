@@ -1,18 +1,14 @@
 """Gradient descent on digits at the edge of stability: sharpness against 2/lr, full batch and small batch.
 
-    python examples/stability_edge/compare.py [--short]
+    python examples/stability_edge/compare.py [--short] [--out FOLDER]
 
-Prints the table of the README and draws compare.png (with --short: 11 steps of two runs, drawn into the working
-directory).
+Prints the table of the README and draws compare.png (with --short: 11 steps of two runs).
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import statistics
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_grad import StabilityMonitor
-from lightning_grad.demos import DigitsData, DigitsMLP, RecordLogger, RecordMetrics
+from lightning_grad.demos import DigitsData, DigitsMLP, RecordLogger, RecordMetrics, comparison
 from lightning_grad.statistics.curvature import HessianOperator, rademacher
 from lightning_grad.statistics.curvature_lanczos import lanczos
 
@@ -71,12 +67,7 @@ def train(batch: int, lr: float, seed: int, steps: int) -> tuple[RecordLogger, R
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="11 steps, to see that everything works")
-    short = parser.parse_args().short
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    torch.set_num_threads(1)
+    short, plot = comparison(__doc__, __file__)
     steps, seeds, runs = (11, (0,), RUNS[2:]) if short else (250, (0, 1, 2), RUNS)
     started = time.perf_counter()
     print("| batch | lr | 2/lr | sharpness at step 0 | peak over 2/lr | last fifth over 2/lr | batch sharpness, same |")
@@ -95,9 +86,8 @@ def main() -> None:
             mean_and_spread([statistics.mean(curve[-late:]) * lr / 2 for curve in own], 2),
         ]
         print(f"| {batch} | {lr:g} | {2 / lr:g} | {' | '.join(cells)} |", flush=True)
-    target = Path("compare.png") if short else Path(__file__).parent / "compare.png"
-    draw(drawn, target)
-    print(f"drawn: {target}; {time.perf_counter() - started:.0f} s")
+    draw(drawn, plot)
+    print(f"drawn: {plot}; {time.perf_counter() - started:.0f} s")
 
 
 def mean_and_spread(values: list[float], digits: int) -> str:

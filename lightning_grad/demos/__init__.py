@@ -5,6 +5,7 @@ The data modules use optional packages only when set up.
 
 from lightning_grad.demos.arithmetic_lm import ArithmeticJSONL, ArithmeticLM
 from lightning_grad.demos.arithmetic_policy import ArithmeticPolicy, ArithmeticPrompts
+from lightning_grad.demos.comparison import comparison
 from lightning_grad.demos.curves import RecordLogger, RecordMetrics
 from lightning_grad.demos.digits import DigitsCNN, DigitsData, DigitsMLP
 from lightning_grad.demos.docstrings import DocstringData, MiniLMSentences
@@ -29,4 +30,5 @@ __all__ = [
     "RecordMetrics",
     "SourceText",
     "TinyGPT",
+    "comparison",
 ]

@@ -201,7 +201,7 @@ class GhostRecorder:
         if bad:
             raise UnsupportedLayerError(
                 f"no per-sample norm rule for {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}: only Linear,"
-                " ConvNd, Embedding and norm layers with weights of their own have one. Use another estimator."
+                " ConvNd, Embedding and norm layers with weights of their own have one"
             )
         self.active = False
         self._keep, self._memory_mb = keep, memory_mb
@@ -257,7 +257,7 @@ class GhostRecorder:
         if self._trouble is None and bypassed:
             self._trouble = f"`{bypassed[0]}` has a gradient that did not come through its layer"
         if self._trouble is not None:
-            raise UnsupportedLayerError(f"{self._trouble}; its per-sample norms are unknown. Use another estimator.")
+            raise UnsupportedLayerError(f"{self._trouble}; its per-sample norms are unknown")
 
     def _hook(self, named: dict[str, str]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

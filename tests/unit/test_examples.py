@@ -68,7 +68,7 @@ def test_comparison_runs(script, tmp_path, monkeypatch, capsys):
 
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(script), "--short"])
+    monkeypatch.setattr(sys, "argv", [str(script), "--short", "--out", str(tmp_path)])
     before = {path: path.stat().st_mtime_ns for path in script.parent.iterdir()}
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out.strip(), "a comparison prints its table"

@@ -173,7 +173,7 @@ def run(monkeypatch, tmp_path, *words):
         (["LinearDecayLR", "--trainer.max_epochs=2"], 8, 0.0),
         (["LinearDecayLR", "--trainer.max_steps=6", "--lr_scheduler.final=0.5"], 6, 0.05),
         (["LinearDecayLR", "--lr_scheduler.total=20", "--trainer.max_epochs=1"], 20, 0.08),
-        (["CooldownLR", "--trainer.max_epochs=5", "--trainer.limit_train_batches=1"], 5, 0.0),
+        (["CooldownLR", "--trainer.max_epochs=5", "--trainer.limit_train_batches=2"], 10, 0.0),
         (["InverseSqrtLR", "--trainer.max_epochs=1"], None, 0.1 / 5**0.5),
     ],
 )
