@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from lightning_grad._validate import check_choice, check_range
+from lightning_grad._validate import check_choice, check_int, check_range
 
 Rule = Literal["none", "linear", "sqrt", "power", "gain", "sqrt_gain", "surge", "wigner"]
 RULES: tuple[str, ...] = ("none", "linear", "sqrt", "power", "gain", "sqrt_gain", "surge", "wigner")
@@ -106,8 +106,24 @@ def rmt_top_eigenvalue(
 def regime_adaptation(milestones: Sequence[int], max_epochs: int, b: int, b0: int) -> tuple[list[int], int, float]:
     """Stretch a schedule made for batch ``b0`` so that batch ``b`` makes as many updates (arXiv:1705.08741).
 
+    Every number of epochs is multiplied by ``b/b0``, rounded up as in the paper's code: at least as many updates.
+
+    Args:
+        milestones: Epochs at which the schedule changes, >= 0.
+        max_epochs: Epochs of the run, >= 1.
+        b: New batch size, >= 1.
+        b0: Batch size the schedule was made for, >= 1.
+
     Returns:
         New milestones, new number of epochs, and the factor ``sqrt(b/b0)`` for the learning rate.
+
+    Raises:
+        ValueError: A number is out of range.
     """
+    for milestone in milestones:
+        check_int("milestones", milestone, 0)
+    check_int("max_epochs", max_epochs, 1)
+    check_int("b", b, 1)
+    check_int("b0", b0, 1)
     stretch = math.ceil(b / b0)
     return [m * stretch for m in milestones], max_epochs * stretch, math.sqrt(b / b0)

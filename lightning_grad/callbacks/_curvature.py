@@ -18,7 +18,9 @@ from torch.optim import SGD, Adam, Optimizer
 from torchmetrics import Metric
 
 from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
+from lightning_grad.nvfp4.linear import NVFP4Linear
 from lightning_grad.statistics.curvature import HessianOperator, Mode, adam_scale
+from lightning_grad.strategies._spsa_base import SPSABase
 
 _FULL_UP_TO = 20_000_000  # parameters
 
@@ -111,14 +113,23 @@ def check_supported(name: str, trainer: pl.Trainer, pl_module: pl.LightningModul
     """Refuse what the Hessian of a whole model on the current batch cannot be had from.
 
     Raises:
-        MisconfigurationException: A sharding strategy, several optimizers, manual optimization without
-            ``curvature_loss``, or a ``training_step`` that fetches its batches itself.
+        MisconfigurationException: A sharding strategy, SPSA, four-bit layers, several optimizers, manual
+            optimization without ``curvature_loss``, or a ``training_step`` that fetches its batches itself.
         ValueError: Parameters of low precision, complex, or on several devices.
     """
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise MisconfigurationException(
             f"{name} needs whole parameters and works with one device or DDPStrategy; the strategy is"
             f" {type(trainer.strategy).__name__}."
+        )
+    if isinstance(trainer.strategy, SPSABase):
+        raise MisconfigurationException(
+            f"{name} compares gradient steps with the curvature; {type(trainer.strategy).__name__} takes none."
+        )
+    if any(isinstance(module, NVFP4Linear) for module in pl_module.modules()):
+        raise MisconfigurationException(
+            f"{name} needs a loss that can be differentiated twice; four-bit layers (NVFP4Precision) can be once, and"
+            " finite differences would measure their rounding."
         )
     if len(trainer.optimizers) != 1:
         raise MisconfigurationException(f"{name} needs one optimizer; the model has {len(trainer.optimizers)}.")

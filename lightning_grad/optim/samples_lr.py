@@ -43,6 +43,8 @@ class SamplesLR(ClosedFormLR):
     Raises:
         ValueError: An argument is out of range.
 
+    State: the samples seen. The settings are the constructor's, so that a longer run can be resumed.
+
     Source: the AdAdaGrad experiments (arXiv:2402.11215) use cosine with ``final=0.1`` and 10 % warm-up.
     """
 
@@ -123,5 +125,6 @@ class SamplesLR(ClosedFormLR):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        settings = ("total_samples", "base", "warmup_samples", "final", "cooldown_fraction", "samples_per_step")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in settings})
         self.driven = False

@@ -57,7 +57,7 @@ def bootstrap(
 
     Strata of one row would never vary: they are pooled.
     """
-    check_int("bootstrap", resamples, 0)
+    check_int("bootstrap_resamples", resamples, 0)
     rng = np.random.default_rng(seed)
     sizes = np.bincount(strata)
     pooled = np.where(sizes[strata] > 1, strata, -1)
@@ -71,7 +71,7 @@ class Fit:
     """Base of all fits.
 
     Attributes:
-        rss: Weighted sum of squared residuals.
+        rss: Weighted sum of squared residuals; with ``method="approach3"`` the sum of Huber's loss that was minimized.
         status: What is doubtful about the fit; empty if nothing is.
         samples: Parameters of the bootstrap fits, ``(resamples, parameters)`` in the order of ``names``.
     """

@@ -104,7 +104,7 @@ def scaling(args: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
     fit = commands.add_parser("fit", help="fit a law, print a table and draw a plot")
     fit.add_argument("csv", type=Path, help="one row per run, names of columns in the first line")
-    fit.add_argument("--law", choices=tuple(LAWS), help="default: chinchilla, or power for columns x and y")
+    fit.add_argument("--law", choices=tuple(LAWS), help="default: chinchilla; power if only x and y are there")
     fit.add_argument("--loss", choices=("mse", "huber"), default="mse", help="of the residuals (chinchilla, power)")
     fit.add_argument("--delta", type=_positive, default=1e-3, help="threshold of Huber's loss (default 1e-3)")
     fit.add_argument("--no-constant", action="store_true", help="power law without a constant")
@@ -124,10 +124,16 @@ def _fit(options: argparse.Namespace) -> int:
     if not options.no_plot:
         require_matplotlib()
     columns = read_runs(options.csv)
-    law = options.law or ("power" if {"x", "y"} <= columns.keys() else "chinchilla")
+    xy = {"x", "y"} <= columns.keys() and not set(LAWS["chinchilla"]) <= columns.keys()
+    law = options.law or ("power" if xy else "chinchilla")
     data = needed(columns, LAWS[law], law)
     found = _fitted(law, data, options)
-    print(f"{law}: {len(data[0])} rows, residual {math.sqrt(found.rss / len(data[0])):.3g} (root mean square)")
+    fitted = f"residual {math.sqrt(found.rss / len(data[0])):.3g} (root mean square)"
+    if law == "approach3":
+        fitted = f"Huber's loss of the logarithms {found.rss:.7g} (sum)"
+    elif options.loss == "huber" and law in ("chinchilla", "power"):
+        fitted = fitted.replace("root", "weighted root")
+    print(f"{law}: {len(data[0])} rows, {fitted}")
     intervals = found.intervals()
     print(f"{'':10s}{'value':>14s}" + (f"{'90 % interval':>28s}" if intervals else ""))
     for name, value in found.parameters.items():

@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 
 ALIASES: dict[str, tuple[str, ...]] = {
-    "params": ("params", "n", "parameters", "num_params"),
+    "params": ("params", "n", "parameters", "num_params", "model size"),
     "tokens": ("tokens", "d", "num_tokens"),
     "loss": ("loss", "l", "val_loss", "val/loss"),
-    "compute": ("compute", "c", "flops"),
+    "compute": ("compute", "c", "flops", "training flop"),
     "ratio": ("ratio", "m", "tokens_per_param"),
     "error": ("error", "err"),
     "x": ("x",),
@@ -20,7 +20,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 
 def read_runs(path: Path) -> dict[str, list[float]]:
-    """Return the known columns of a CSV file with a header; ``compute`` and ``ratio`` are worked out if they can be.
+    """Return the known columns of a CSV file with a header.
+
+    Of ``params``, ``tokens`` and ``compute`` (6 times their product) one may be missing; ``ratio`` is worked out too.
 
     Raises:
         ValueError: Names the column and the line of the file.
@@ -43,6 +45,10 @@ def read_runs(path: Path) -> dict[str, list[float]]:
                 )
     if not columns:
         raise ValueError(f"{path}: no column has a known name ({', '.join(ALIASES)}) in its first line.")
+    for known, wanted in (("params", "tokens"), ("tokens", "params")):
+        if {known, "compute"} <= columns.keys():
+            pairs = list(zip(columns[known], columns["compute"], strict=True))
+            columns.setdefault(wanted, [c / 6.0 / n for n, c in pairs])
     if {"params", "tokens"} <= columns.keys():
         pairs = list(zip(columns["params"], columns["tokens"], strict=True))
         columns.setdefault("compute", [6.0 * n * d for n, d in pairs])

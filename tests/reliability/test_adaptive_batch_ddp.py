@@ -1,4 +1,4 @@
-"""AdaptiveBatchSize on two processes: every sample once over both, equal decisions, bit-exact resume."""
+"""AdaptiveBatchSize and SamplesLR on two processes: every sample once, equal decisions and rates, bit-exact resume."""
 
 import json
 import os
@@ -27,6 +27,12 @@ def test_two_processes(tmp_path):
         assert counts == dict.fromkeys(range(97), 3)  # three epochs
     assert len(set(dice["sizes"])) > 3
     assert dice["sizes"] != sorted(dice["sizes"])
+    # SamplesLR counts what both processes see, and both train with the same learning rate
+    first, second = dice["rates"]
+    assert first == second
+    counted = [a + b for a, b in zip(*dice["own"], strict=True)]
+    assert counted[-1] == 3 * 97
+    assert first == pytest.approx([0.05 * (1 - 0.9 * n / (3 * 97)) for n in counted])
     assert accumulate["batch_size"] > 6
     assert sampler["batch_size"] > 6
     for mode in (sampler, accumulate, dice):

@@ -14,6 +14,8 @@ from lightning_grad.allocation.batch_lr import (
     regime_adaptation,
     rmt_top_eigenvalue,
 )
+from lightning_grad.statistics.curvature import rademacher
+from lightning_grad.statistics.curvature_lanczos import lanczos
 
 
 @pytest.mark.parametrize(
@@ -60,18 +62,23 @@ def test_wigner_closed_form(b, theory):
     assert factor == pytest.approx(tops[0] / tops[1])  # the factor is the ratio of the largest stable steps
 
 
-def test_wigner_simulation():
+def top_eigenvalue(matvec, size):
+    """To 1e-3: thirty products."""
+    return float(lanczos(matvec, rademacher(size, 0, dtype=torch.float64), 30).ritz()[0][-1])
+
+
+@pytest.mark.parametrize("b", [25, 100, 400, 1600])
+def test_wigner_simulation(b):
     gen = torch.Generator().manual_seed(0)
-    size, variance = 400, 100.0
-    for b in (50, 400):
-        tops = []
-        for _ in range(3):
-            noise = torch.randn(size, size, generator=gen, dtype=torch.float64) * math.sqrt(variance / size / b)
-            matrix = (noise.triu() + noise.triu(1).T).clone()
-            matrix[0, 0] += 1.0
-            tops.append(float(torch.linalg.eigvalsh(matrix)[-1]))
-        expected = rmt_top_eigenvalue(b, 1.0, model="wigner", total_variance=variance)
-        assert sum(tops) / 3 == pytest.approx(expected, rel=0.04)  # finite size: P^(-2/3) = 0.018 below the edge
+    size, variance = 800, 100.0
+    tops = []
+    for _ in range(5):
+        noise = torch.randn(size, size, generator=gen, dtype=torch.float64) * math.sqrt(variance / size / b)
+        matrix = noise.triu() + noise.triu(1).T
+        matrix[0, 0] += 1.0
+        tops.append(top_eigenvalue(lambda v, m=matrix: m @ v, size))
+    expected = rmt_top_eigenvalue(b, 1.0, model="wigner", total_variance=variance)
+    assert sum(tops) / 5 == pytest.approx(expected, rel=0.01)
 
 
 def test_wishart_closed_form_and_simulation():
@@ -83,9 +90,9 @@ def test_wishart_closed_form_and_simulation():
     for _ in range(10):
         a = torch.randn(1000, 500, generator=gen, dtype=torch.float64) * 0.1
         a[:, 0] *= 10
-        tops.append(float(torch.linalg.eigvalsh(a @ a.T)[-1]) / 1000)
+        tops.append(top_eigenvalue(lambda v, a=a: a.T @ (a @ v) / 1000, 500))
     expected = rmt_top_eigenvalue(1000, 1.0, bulk=0.01, num_params=500)
-    assert sum(tops) / 10 == pytest.approx(expected, rel=0.05)  # the spike's own spread: sqrt(2/1000/10) = 0.014
+    assert sum(tops) / 10 == pytest.approx(expected, rel=0.03)  # the spike's own spread: sqrt(2/1000/10) = 0.014
 
 
 def test_arguments_of_the_models():
@@ -102,3 +109,15 @@ def test_regime_adaptation_keeps_the_number_of_updates():
     assert (milestones, epochs) == ([2560, 3840], 5120)
     assert factor == pytest.approx(math.sqrt(32))
     assert regime_adaptation([10], 20, b=129, b0=128)[1] == 40
+
+    def updates(epochs, batch):  # with the last, smaller batch of each epoch
+        return epochs * math.ceil(50_000 / batch)
+
+    for b in (129, 256, 1000, 4096, 20_000):
+        (first, second), epochs, _ = regime_adaptation([80, 120], 160, b, 128)
+        for new, old in ((first, 80), (second, 120), (epochs, 160)):
+            assert updates(new, b) >= updates(old, 128)
+    assert updates(5120, 4096) == pytest.approx(updates(160, 128), rel=0.07)  # the last batches; else equal
+    for name, bad in {"b": 0, "b0": 0, "max_epochs": 0, "milestones": [-1]}.items():
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            regime_adaptation(**{"milestones": [1], "max_epochs": 2, "b": 2, "b0": 1, name: bad})

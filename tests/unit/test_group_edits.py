@@ -228,6 +228,17 @@ def test_samples_lr_state_continues():
     assert a[0].param_groups[0]["lr"] == b[0].param_groups[0]["lr"]
 
 
+def test_samples_lr_may_be_resumed_for_a_longer_run():
+    _, optimizer = one_parameter()
+    short = SamplesLR(optimizer, 100, "linear", final=0.0)
+    short.set_progress(50)
+    longer = SamplesLR(one_parameter()[1], 200, "linear", final=0.0)
+    longer.load_state_dict(short.state_dict())
+    assert longer.samples == 50
+    longer.set_progress(100)
+    assert longer.get_last_lr() == pytest.approx([0.05])
+
+
 def test_samples_lr_refusals():
     for key, bad in {"total_samples": 0, "base": "step", "warmup_samples": 100, "final": 2.0}.items():
         with pytest.raises(ValueError, match=f"`{key}`"):

@@ -127,3 +127,18 @@ def test_matplotlib_is_asked_for_before_the_work(runs, capsys, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     assert "lightning-grad[demo]" in one_line(capsys, "scaling", "fit", str(runs))
     assert main(["scaling", "fit", str(runs), "--no-plot", "--bootstrap", "0"]) == 0
+
+
+def test_tokens_follow_from_compute(runs, capsys):
+    """Columns as in the public Chinchilla data, and two that mean nothing here."""
+    text = runs.read_text().splitlines()[1:]
+    rows = [tuple(map(float, line.split(","))) for line in text if line]
+    runs.write_text("x,y,Model Size,Training FLOP,loss\n" + "\n".join(f"7,8,{n},{6 * n * d},{v}" for n, d, v in rows))
+    (runs.parent / "t.csv").write_text("tokens,compute,loss\n" + "\n".join(f"{d},{6 * n * d},{v}" for n, d, v in rows))
+    for path in (runs.parent / "t.csv", runs):
+        assert main(["scaling", "fit", str(path), "--no-plot", "--bootstrap", "0", "--law", "approach3"]) == 0
+    assert "Huber's loss of the logarithms" in capsys.readouterr().out
+    assert main(["scaling", "fit", str(runs), "--no-plot", "--bootstrap", "0"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("chinchilla:")
+    assert float(re.search(r"^alpha +(\S+)$", out, re.MULTILINE)[1]) == pytest.approx(0.34, abs=0.005)

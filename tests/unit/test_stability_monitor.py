@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import lightning.pytorch as pl
@@ -19,6 +20,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_grad import NVFP4Precision, SharedSeedSPSAStrategy
+from lightning_grad.callbacks._curvature import check_supported
 from lightning_grad.callbacks.lanczos_learning_rate import LanczosLearningRate
 from lightning_grad.callbacks.stability import SGDTemperatureMonitor, StabilityMonitor
 from lightning_grad.statistics.stability import cosine
@@ -314,12 +317,27 @@ def test_weights_that_are_not_finite_do_not_reach_the_state():
     assert all(np.isfinite(v) for _, row in memory.rows for k, v in row.items() if k.startswith(("stab", "weights")))
 
 
+class FourBit(Net):
+    """Layers large enough for NVFP4."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 32), nn.Linear(32, 32), nn.Linear(32, 3))
+
+
 def test_refused_by_name():
     for kwargs, text in (({"k": 1}, "`k`"), ({"every_n_steps": 0}, "every_n_steps"), ({"mode": "exact"}, "mode")):
         with pytest.raises(ValueError, match=text):
             StabilityMonitor(**kwargs)
     with pytest.raises(ValueError, match="bfloat16"):
         fit([StabilityMonitor()], precision="bf16-true")
+
+    for callback in (StabilityMonitor(), LanczosLearningRate()):
+        with pytest.raises(MisconfigurationException, match=f"{type(callback).__name__} .*differentiated twice"):
+            fit([callback], FourBit(), plugins=[NVFP4Precision(keep_last=0)])
+    spsa = SimpleNamespace(strategy=SharedSeedSPSAStrategy())
+    with pytest.raises(MisconfigurationException, match="SharedSeedSPSAStrategy takes none"):
+        check_supported("StabilityMonitor", spsa, Net())
 
     class Manual(Net):
         def __init__(self):
