@@ -6,9 +6,9 @@ import math
 
 import lightning.pytorch as pl
 
+from lightning_grad._tensorboard import log_scalars
 from lightning_grad.allocation.batch_size import BatchPlan, Decision
 from lightning_grad.callbacks._batch_probe import GradientProbe
-from lightning_grad.callbacks._tensorboard import log_scalars
 from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
 
 

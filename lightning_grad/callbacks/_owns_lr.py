@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_grad.callbacks._tensorboard import TensorBoardCharts
+from lightning_grad._tensorboard import TensorBoardCharts
 from lightning_grad.optim.group_edits import GroupEdits
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lightning_grad._lightning import logging_step
-from lightning_grad.callbacks._tensorboard import log_figure, tensorboard_writers
+from lightning_grad._tensorboard import log_figure, tensorboard_writers
 from lightning_grad.statistics.curvature_lanczos import Spectrum
 
 if TYPE_CHECKING:

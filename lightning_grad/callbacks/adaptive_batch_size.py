@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad._lightning import refuse_twin
+from lightning_grad._tensorboard import Charts, TensorBoardCharts
 from lightning_grad._validate import check_choice, check_int
 from lightning_grad.allocation.batch_size import (
     BatchPlan,
@@ -32,7 +33,6 @@ from lightning_grad.callbacks._batch_drivers import (
 from lightning_grad.callbacks._batch_log import BatchLog
 from lightning_grad.callbacks._batch_probe import GradientProbe, amp_scale
 from lightning_grad.callbacks._batch_schedules import resolve_schedules, sample_schedules, warn_of_step_schedules
-from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts
 from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
 
 _PAPER: dict[str, Any] = {
@@ -387,12 +387,16 @@ class AdaptiveBatchSize(TensorBoardCharts):
     # ── logging ──────────────────────────────────────────────────────────────────────────────────────────────────
     @override
     def tensorboard_charts(self, trainer: pl.Trainer) -> Charts:
-        return {
+        charts = {
             "batching": {
                 "batch size": ["batching/batch_size", "batching/target", "batching/noise_scale"],
                 "test (above 1: grow)": ["batching/test_ratio"],
             }
         }
+        if self.lr_scaler is not None:
+            charts["batching"]["learning rate"] = ["lr_scaling/effective_lr"]
+            charts["batching"]["factor of the learning rate"] = ["lr_scaling/factor"]
+        return charts
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────
     @override

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_grad._tensorboard import Charts, log_scalars
 from lightning_grad._validate import check_choice, check_int, check_range
 from lightning_grad.callbacks._curvature import (
     check_supported,
@@ -25,7 +26,6 @@ from lightning_grad.callbacks._curvature import (
 )
 from lightning_grad.callbacks._owns_lr import OwnsLearningRate
 from lightning_grad.callbacks._spectrum import log_spectrum, require_figures
-from lightning_grad.callbacks._tensorboard import Charts, log_scalars
 from lightning_grad.statistics.curvature import Mode
 from lightning_grad.statistics.curvature_lanczos import Spectrum, spectrum
 from lightning_grad.statistics.stability import curvature_lr, growth_limit, heavy_ball, smoothed_lr

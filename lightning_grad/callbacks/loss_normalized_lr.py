@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_grad._lightning import logging_step
+from lightning_grad._tensorboard import Charts, log_scalars
 from lightning_grad._validate import check_int, check_range
 from lightning_grad.callbacks._owns_lr import OwnsLearningRate
-from lightning_grad.callbacks._tensorboard import Charts, log_scalars
 from lightning_grad.optim.group_edits import GroupEdits
 from lightning_grad.statistics.sample_grads import batch_axis
 

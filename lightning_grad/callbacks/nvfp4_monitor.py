@@ -7,15 +7,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_grad._tensorboard import Charts, TensorBoardCharts, log_histogram, log_scalars
 from lightning_grad._validate import check_choice, check_int
-from lightning_grad.callbacks._tensorboard import log_histogram, log_scalars
 from lightning_grad.callbacks.nvfp4_switch import nvfp4_plugin
 from lightning_grad.nvfp4.conversion import check_patterns
 from lightning_grad.nvfp4.probe import TENSORS, Recorder
 from lightning_grad.nvfp4.recipe import MODES
 
 
-class NVFP4Monitor(pl.Callback):
+class NVFP4Monitor(TensorBoardCharts):
     """Log how well NVFP4 holds the tensors of the converted layers.
 
     Tags per layer and tensor (``x``, ``w``, ``dy`` and the transformed column forms ``x_col``, ``dy_col``):
@@ -59,9 +59,20 @@ class NVFP4Monitor(pl.Callback):
         self.wgrad_error = wgrad_error
         self._sampled = -1
 
+    def tensorboard_charts(self, trainer: pl.Trainer) -> Charts:
+        """One chart of the signal-to-noise ratio for each kind of tensor, with a curve per layer."""
+        titles = {"x": "activations", "w": "weights", "dy": "gradients"}
+        charts = {
+            f"signal to noise of {titles[tensor]}, dB": [f"nvfp4/*/{tensor}/snr_db"]
+            for tensor in titles
+            if tensor in self.tensors
+        }
+        return {"nvfp4": {**charts, "0 NVFP4, 1 BF16 forward, 2 BF16": ["nvfp4/mode"]}}
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the plugin."""
         nvfp4_plugin(trainer, "NVFP4Monitor")
+        super().on_fit_start(trainer, pl_module)
         self._sampled = -1
 
     def on_train_batch_start(

@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_grad._tensorboard import log_scalars
 from lightning_grad._validate import check_choice, check_int, check_range
-from lightning_grad.callbacks._tensorboard import log_scalars
 from lightning_grad.nvfp4.recipe import MODES
 from lightning_grad.precision.nvfp4 import NVFP4FSDPPrecision, NVFP4Precision
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_grad._lightning import logging_step
+from lightning_grad._tensorboard import Charts, TensorBoardCharts, log_scalars
 from lightning_grad._validate import check_int
-from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts, log_scalars
 
 _SHORT = (torch.float16, torch.bfloat16)
 _SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad._lightning import refuse_twin
+from lightning_grad._tensorboard import Charts, TensorBoardCharts, log_histogram, log_scalars
 from lightning_grad._validate import check_choice, check_range
 from lightning_grad.allocation.e_step import EStep, Iteration, PilotMode, Processes
 from lightning_grad.allocation.estimators import AdvantageKind, Estimator
@@ -24,7 +25,6 @@ from lightning_grad.allocation.sample_weights import ZeroPolicy
 from lightning_grad.allocation.scoring import GradNorm, needed_method
 from lightning_grad.callbacks._prompt_allocation import IterationSettings, PromptAllocation
 from lightning_grad.callbacks._supervised_allocation import ScoreHistory
-from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts, log_histogram, log_scalars
 from lightning_grad.data.rollouts import RolloutLoader, SamplingModule
 from lightning_grad.data.weighted import AllocatedLoader
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_grad._lightning import logging_step
+from lightning_grad._tensorboard import Charts, TensorBoardCharts, log_scalars
 from lightning_grad._validate import check_choice, check_int
 from lightning_grad.callbacks._curvature import (
     check_supported,
@@ -25,7 +26,6 @@ from lightning_grad.callbacks._curvature import (
     samples_per_step,
     share_critical_batch,
 )
-from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts, log_scalars
 from lightning_grad.optim.group_edits import GroupEdits
 from lightning_grad.statistics.curvature import HessianOperator, Mode, rademacher
 from lightning_grad.statistics.curvature_lanczos import lanczos
@@ -163,16 +163,16 @@ class StabilityMonitor(_StepHook):
         self._skipped = state_dict["skipped"]
 
     def tensorboard_charts(self, trainer: pl.Trainer) -> Charts:
-        """One chart for the distance to the limits, one for the sharpness."""
-        return {
-            "stability": {
-                "learning rate over its limit": ["stability/lr_over_gd_limit", "stability/lr_over_sgd_limit"],
-                "sharpness": ["stability/lambda_max", "stability/batch_sharpness"],
-                "trace": ["stability/trace"],
-                "cosine of successive gradients": ["stability/oscillation"],
-            },
-            "weights": {"distance from the start": ["weights/distance_from_init"]},
+        """One chart for the distance to the limits, one for the sharpness; more for what was asked for."""
+        charts = {
+            "learning rate over its limit": ["stability/lr_over_gd_limit", "stability/lr_over_sgd_limit"],
+            "sharpness": ["stability/lambda_max", "stability/batch_sharpness"],
+            "trace": ["stability/trace"],
         }
+        if self.oscillation_steps:
+            charts["cosine of successive gradients"] = ["stability/oscillation"]
+        weights = {"distance from the start": ["weights/distance_from_init"]}
+        return {"stability": charts, **({"weights": weights} if self.distance_from_init else {})}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, before the first batch."""

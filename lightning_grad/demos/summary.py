@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_grad.callbacks._tensorboard import Charts, TensorBoardCharts
+from lightning_grad._tensorboard import Charts, TensorBoardCharts
 from lightning_grad.demos.tiny_gpt import TinyGPT
 
 

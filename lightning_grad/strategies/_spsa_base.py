@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_grad._tensorboard import Charts, write_layout
 from lightning_grad.spsa.options import Options
 from lightning_grad.spsa.replayer import replay
 from lightning_grad.spsa.session import Session, journal_of
@@ -50,6 +51,24 @@ class SPSABase(Strategy):
         if self._journal_path is not None:
             self._journal_path.parent.mkdir(parents=True, exist_ok=True)
             self.session.journal.open_append(self._journal_path)
+
+    def tensorboard_charts(self, trainer: pl.Trainer) -> Charts:
+        """One chart for what is measured, one for what is done with it, one for who takes part."""
+        return {
+            "spsa": {
+                "loss, and the two evaluations apart": ["spsa/loss", "spsa/loss_spread"],
+                "slope along a direction": ["spsa/grad_rms", "spsa/grad_last"],
+                "step of a parameter": ["spsa/step_rms"],
+                "learning rate": ["spsa/lr"],
+                "workers": ["spsa/workers", "spsa/abstained"],
+                "journal, bytes": ["spsa/journal_bytes"],
+            }
+        }
+
+    def on_train_start(self) -> None:
+        """Lay out the charts and open the journal file."""
+        write_layout(self._net().trainer, self)
+        self._open_journal()
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """There is nothing to propagate."""

@@ -222,7 +222,7 @@ class ElasticSPSAStrategy(SPSABase, SingleDeviceStrategy):
         """Become a member: only now, because members of a run are waited for."""
         with config_errors():
             self.worker.join()
-        self._open_journal()
+        super().on_train_start()
         rank_zero_info(f"SPSA: worker {self.worker.worker} of run {self._run_id}, at step {self.worker.step}.")
         if self.worker.stopped:
             self._end()

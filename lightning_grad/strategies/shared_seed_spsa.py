@@ -203,7 +203,7 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
             self._resumed = True
 
     def on_train_start(self) -> None:
-        """Open the journal file."""
+        """Refuse to write over another run's journal, then open the file."""
         session = self.session
         session.pending = []
         if self.is_global_zero:
@@ -212,7 +212,7 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
                 raise SPSAConfigError(
                     f"`journal_path` {path} exists. Set `resume_journal` to continue it, or choose another file."
                 )
-            self._open_journal()
+        super().on_train_start()
 
     # -- one step -------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ LAYERS = {
     "spsa": 1,
     # Lightning adapters
     "_lightning": 2,
+    "_tensorboard": 2,
     "checkpoint_io": 2,
     "callbacks": 2,
     "precision": 2,

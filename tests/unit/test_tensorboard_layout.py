@@ -9,7 +9,19 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from lightning_grad.callbacks._tensorboard import (
+from lightning_grad import (
+    AdaptiveBatchSize,
+    BatchSizeLRScaler,
+    LanczosLearningRate,
+    NormTest,
+    NVFP4Monitor,
+    NVFP4Precision,
+    OptimizerStats,
+    SGDTemperatureMonitor,
+    SharedSeedSPSAStrategy,
+    StabilityMonitor,
+)
+from lightning_grad._tensorboard import (
     TensorBoardCharts,
     log_figure,
     log_histogram,
@@ -17,6 +29,7 @@ from lightning_grad.callbacks._tensorboard import (
     merge_charts,
     tensorboard_writers,
 )
+from lightning_grad.demos import SourceText, TinyGPT
 
 
 class Charts(TensorBoardCharts):
@@ -140,3 +153,50 @@ def test_other_processes_write_nothing(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     assert len(tensorboard_writers(SimpleNamespace(is_global_zero=True, loggers=[logger]))) == 1
     assert tensorboard_writers(SimpleNamespace(is_global_zero=False, loggers=[logger])) == []
+
+
+PLUGINS = {
+    "OptimizerStats": lambda: {"callbacks": [OptimizerStats(every_n_steps=1)]},
+    "AdaptiveBatchSize": lambda: {
+        "callbacks": [AdaptiveBatchSize(64, NormTest(), test_interval=1, lr_scaler=BatchSizeLRScaler("sqrt"))]
+    },
+    "StabilityMonitor": lambda: {"callbacks": [StabilityMonitor(every_n_steps=1, k=2, num_probes=1)]},
+    "StabilityMonitor, all": lambda: {
+        "callbacks": [StabilityMonitor(every_n_steps=2, k=2, oscillation_steps=1, distance_from_init=True)]
+    },
+    "LanczosLearningRate": lambda: {"callbacks": [LanczosLearningRate(every_n_steps=1, k=2, spectrum=False)]},
+    "SGDTemperatureMonitor": lambda: {"callbacks": [SGDTemperatureMonitor(every_n_steps=1)]},
+    "NVFP4Monitor": lambda: {
+        "callbacks": [NVFP4Monitor(every_n_steps=1, histograms=False)],
+        "plugins": [NVFP4Precision(keep_last=0)],
+    },
+    "SharedSeedSPSAStrategy": lambda: {"strategy": SharedSeedSPSAStrategy(eps=1e-3)},
+    "SPSA and a callback": lambda: {
+        "strategy": SharedSeedSPSAStrategy(eps=1e-3),
+        "callbacks": [Charts({"spsa": {"workers": ["spsa/directions"]}})],
+    },
+}
+
+
+class Model(TinyGPT):
+    def __init__(self):
+        super().__init__(num_layers=1, dim=32, num_heads=2, block_size=16, attention="math")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-4, momentum=0.9)
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_every_chart_has_a_curve(tmp_path, name):
+    """A plugin lays out its section, and no chart of the layout is empty after a run of three steps."""
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_steps=3, log_every_n_steps=1, limit_val_batches=0, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, logger=TensorBoardLogger(tmp_path, name="", version=""),
+        **PLUGINS[name](),
+    )  # fmt: skip
+    trainer.fit(Model(), SourceText(block_size=16, batch_size=8, num_val_blocks=8))
+    (layout,) = layouts(tmp_path)
+    scalars = events(tmp_path).Tags()["scalars"]
+    charts = {title: tags for category in layout.values() for title, tags in category.items()}
+    assert charts
+    assert [t for t, tags in charts.items() if not any(re.match(p, scalar) for p in tags for scalar in scalars)] == []

@@ -1,8 +1,8 @@
-"""What callbacks share for TensorBoard: the layout of the Custom Scalars page, histograms and figures.
+"""What plugins share for TensorBoard: the layout of the Custom Scalars page, histograms and figures.
 
-A callback that logs curves derives from :class:`TensorBoardCharts` and says which tags belong into which chart. The
-charts of all callbacks of a run go into one layout: ``SummaryWriter.add_custom_scalars`` overwrites what an earlier
-call wrote.
+A callback that logs curves derives from :class:`TensorBoardCharts` and says which tags belong into which chart; a
+strategy has a method ``tensorboard_charts`` and calls :func:`write_layout`. The charts of a run go into one layout:
+``SummaryWriter.add_custom_scalars`` overwrites what an earlier call wrote.
 """
 
 from __future__ import annotations
@@ -36,11 +36,17 @@ class TensorBoardCharts(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write one layout with the charts of all callbacks; the first of them does it."""
-        callbacks = [c for c in trainer.callbacks if isinstance(c, TensorBoardCharts)]  # type: ignore[attr-defined]
-        if callbacks[:1] == [self]:
-            layout = merge_charts([callback.tensorboard_charts(trainer) for callback in callbacks])
-            for writer in tensorboard_writers(trainer):
-                writer.add_custom_scalars(layout)
+        write_layout(trainer, self)
+
+
+def write_layout(trainer: pl.Trainer, plugin: Any) -> None:
+    """Write the charts of the run's callbacks and strategy, if ``plugin`` is the first of them that has some."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    plugins: list[Any] = [p for p in (*callbacks, trainer.strategy) if hasattr(p, "tensorboard_charts")]
+    if plugins[:1] == [plugin]:
+        layout = merge_charts([p.tensorboard_charts(trainer) for p in plugins])
+        for writer in tensorboard_writers(trainer):
+            writer.add_custom_scalars(layout)
 
 
 def merge_charts(parts: Sequence[Charts]) -> dict[str, dict[str, list[Any]]]:
