@@ -1,4 +1,4 @@
-"""Hooks of the documentation build: reference pages from the package, formulas as MathML.
+"""Hooks of the documentation build: pages made from the package and from other pages, formulas as MathML.
 
 Browsers draw MathML by themselves, so no script has to be fetched or shipped.
 """
@@ -17,7 +17,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-PACKAGE = Path(__file__).parents[1] / "lightning_grad"
+DOCS = Path(__file__).parent
+PACKAGE = DOCS.parent / "lightning_grad"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -52,8 +53,34 @@ def home(module: ModuleType, name: str) -> str:
     return f"{origin}.{name}" if origin.startswith("lightning_grad.") else f"{module.__name__}.{name}"
 
 
+def not_reproduced() -> str:
+    """What every method's page says under the heading with "reproduce" in it, on one page."""
+    lines = [
+        "# What did not reproduce",
+        "",
+        "What papers claim and we did not find, and what was never run, as the page of each method says it. Nothing was run"
+        " on a GPU: none was at hand.",
+    ]
+    for path in sorted((DOCS / "methods").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        title = re.search(r"^# (.+)", text, re.MULTILINE)
+        section = re.search(r"^## [^\n]*reproduce[^\n]*\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+        if title and section and path.name != "index.md":
+            # the links were written for a page in methods/
+            body = re.sub(r"\]\((?!https?:|#)(?:\.\./)?([^)]+)\)", _moved, section[1])
+            lines += ["", f"## [{title[1]}](methods/{path.name})", "", body.strip()]
+    return "\n".join(lines) + "\n"
+
+
+def _moved(link: re.Match[str]) -> str:
+    return f"]({link[1]})" if link[0].startswith("](../") else f"](methods/{link[1]})"
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add one reference page per room."""
+    """Add one reference page per room, the figures of the benchmarks, and what did not reproduce."""
+    results = (PACKAGE.parent / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "benchmarks.md", content=results.replace("# Results", "# Benchmarks", 1)))
+    files.append(File.generated(config, "what_did_not_reproduce.md", content=not_reproduced()))
     index = ["# Reference", "", "Generated from the docstrings.", ""]
     for room in rooms():
         names = public_names(room)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def load_journal(path: Path) -> Journal:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return journal_of(checkpoint["optimizer_states"][0]["spsa"])
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, UnpicklingError) as error:
         raise JournalError(f"{path}: neither a journal nor a checkpoint of an SPSA run.") from error
     except Exception as error:
         raise JournalError(f"{path}: not an SPSA journal ({type(error).__name__}).") from error

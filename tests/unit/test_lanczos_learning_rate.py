@@ -283,7 +283,7 @@ def test_the_figure_shows_the_spectrum():
     found = spectrum(lambda v: values * v, 3, 3, dtype=torch.float64)
     axes = density_figure(found).axes[0]
     (x, y), (marks, _) = (line.get_data() for line in axes.lines)
-    assert np.trapezoid(y, x) == pytest.approx(1.0, rel=1e-3)
+    assert float(torch.trapezoid(torch.as_tensor(y), torch.as_tensor(x))) == pytest.approx(1.0, rel=1e-3)
     peaks = [x[i] for i in range(1, len(x) - 1) if y[i] > y[i - 1] and y[i] > y[i + 1] and y[i] > 0.1]
     assert peaks == pytest.approx([-1, 0, 4], abs=0.02)
     assert list(marks) == pytest.approx([-1, 0, 4], abs=1e-12)
