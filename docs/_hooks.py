@@ -58,8 +58,8 @@ def not_reproduced() -> str:
     lines = [
         "# What did not reproduce",
         "",
-        "What papers claim and we did not find, and what was never run, as the page of each method says it. Nothing was run"
-        " on a GPU: none was at hand.",
+        "What papers claim and we did not find, and what was never run, as the page of each method says it. Nothing was"
+        " run on a GPU: none was at hand.",
     ]
     for path in sorted((DOCS / "methods").glob("*.md")):
         text = path.read_text(encoding="utf-8")
