@@ -66,9 +66,9 @@ class SPSABase(Strategy):
         }
 
     def on_train_start(self) -> None:
-        """Lay out the charts and open the journal file."""
+        """Lay out the charts."""
+        super().on_train_start()
         write_layout(self._net().trainer, self)
-        self._open_journal()
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """There is nothing to propagate."""

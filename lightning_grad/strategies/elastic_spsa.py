@@ -220,9 +220,10 @@ class ElasticSPSAStrategy(SPSABase, SingleDeviceStrategy):
 
     def on_train_start(self) -> None:
         """Become a member: only now, because members of a run are waited for."""
+        super().on_train_start()
         with config_errors():
             self.worker.join()
-        super().on_train_start()
+        self._open_journal()
         rank_zero_info(f"SPSA: worker {self.worker.worker} of run {self._run_id}, at step {self.worker.step}.")
         if self.worker.stopped:
             self._end()

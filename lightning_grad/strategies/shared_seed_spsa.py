@@ -204,6 +204,7 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
 
     def on_train_start(self) -> None:
         """Refuse to write over another run's journal, then open the file."""
+        super().on_train_start()
         session = self.session
         session.pending = []
         if self.is_global_zero:
@@ -212,7 +213,7 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
                 raise SPSAConfigError(
                     f"`journal_path` {path} exists. Set `resume_journal` to continue it, or choose another file."
                 )
-        super().on_train_start()
+            self._open_journal()
 
     # -- one step -------------------------------------------------------------------------------------------------
 
