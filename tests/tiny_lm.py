@@ -7,6 +7,10 @@ import json
 import pytest
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789", "+", "=", "is", "sum", "user", "?"]
+LLAMA = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
 
 
 def make_checkpoint(folder, kind="llama", pad=True, **changes):
@@ -24,11 +28,7 @@ def make_checkpoint(folder, kind="llama", pad=True, **changes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if kind == "llama":
-            sizes = {
-                "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                "max_position_embeddings": 64, "initializer_range": 0.3,
-            }  # fmt: skip
-            model = LlamaForCausalLM(LlamaConfig(**common, **(sizes | changes)))
+            model = LlamaForCausalLM(LlamaConfig(**common, **(LLAMA | changes)))
         else:
             sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
             model = GPT2LMHeadModel(GPT2Config(**common, **(sizes | changes)))

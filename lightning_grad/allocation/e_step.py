@@ -21,11 +21,16 @@ from lightning_grad.allocation.estimators import (
     sample_weights,
 )
 from lightning_grad.allocation.history import Moment, PromptHistory, visit_sums
+from lightning_grad.allocation.mean_gradients import gradient_sums, mean_gradients, sn_mse_ratio
 from lightning_grad.allocation.planner import AllocationRule, Plan, gini, share_of
 from lightning_grad.allocation.scoring import GradNorm, score_norms
 from lightning_grad.data.rollouts import RolloutBatch, SamplingModule, concatenate
 
 PilotMode = Literal["reuse", "discard", "history"]
+
+_SKETCH = 256
+_MOST_SKETCHED = 2**24  # numbers, 128 MiB; with more prompts the error of the self-normalised estimate is not predicted
+_LONGEST = 4096  # samples of a prompt; the prediction goes through them one by one
 
 
 def seed_for(*parts: int) -> int:
@@ -105,22 +110,27 @@ class EStep:
         """
         who = processes or Processes()
         timer = _Timer()
-        pilots, known, pilot_norms = None, history, None
+        pilots, known, scores = None, history, None
         if not uniform and self.pilot_mode != "history":
-            pilots, pilot_norms, known = self._pilots(module, prompts, seed, who, timer)
+            pilots, scores, known = self._pilots(module, prompts, seed, who, timer)
         plan = self._plan(known, budget, seed, uniform, counts)
         _same_on_all(plan.counts, who)
         rest = plan.counts - self.pilot_samples if pilots is not None and self.pilot_mode == "reuse" else plan.counts
         rollouts = self._draw(module, prompts, rest, seed_for(seed, who.rank, 1), who, timer)
         # without pilots these samples are what the next iteration knows of the prompts
-        norms = self._norms(module, rollouts, timer) if self.pilot_mode == "history" else _unknown(rollouts)
-        sums = self._sums(rollouts, norms, len(prompts))
-        if pilots is not None:
-            sums = sums + self._sums(pilots, pilot_norms, len(prompts))
+        if self.pilot_mode == "history":
+            scores = self._scores(module, rollouts, len(prompts), timer)
+            sums = self._sums(rollouts, scores.norms, len(prompts))
+        else:
+            sums = self._sums(rollouts, None, len(prompts))
+        if pilots is not None and scores is not None:
+            sums = sums + self._sums(pilots, scores.norms, len(prompts))
             if self.pilot_mode == "reuse":
                 rollouts = concatenate([pilots, rollouts])
         items = self._items(rollouts, len(prompts), plan, who)
         report = self._report(items, plan, who) | timer.seconds
+        if scores is not None and scores.gradients is not None:
+            report |= self._sn_mse(plan, who.add(scores.gradients))
         drawn = int(plan.counts.sum())
         report["pilot_generated"] = 0.0 if pilots is None else float(len(prompts) * self.pilot_samples)
         extra = report["pilot_generated"] if self.pilot_mode == "discard" else 0.0
@@ -133,13 +143,13 @@ class EStep:
 
     def _pilots(
         self, module: SamplingModule, prompts: list[Any], seed: int, who: Processes, timer: _Timer
-    ) -> tuple[RolloutBatch, Tensor, PromptHistory]:
+    ) -> tuple[RolloutBatch, _Scores, PromptHistory]:
         counts = torch.full((len(prompts),), self.pilot_samples)
         pilots = self._draw(module, prompts, counts, seed_for(seed, who.rank, 0), who, timer)
-        norms = self._norms(module, pilots, timer)
+        scores = self._scores(module, pilots, len(prompts), timer)
         known = PromptHistory(len(prompts), 0.0, self.moment)
-        known.visit(torch.arange(len(prompts)), who.add(self._sums(pilots, norms, len(prompts))))
-        return pilots, norms, known
+        known.visit(torch.arange(len(prompts)), who.add(self._sums(pilots, scores.norms, len(prompts))))
+        return pilots, scores, known
 
     def _plan(self, known: PromptHistory, budget: int, seed: int, uniform: bool, counts: Tensor | None) -> Plan:
         if uniform and counts is None:
@@ -161,12 +171,27 @@ class EStep:
         check_rollouts(rollouts, asked, type(module).__name__)
         return rollouts if int(own.sum()) else rollouts.rows(slice(0, 0))
 
-    def _norms(self, module: SamplingModule, rollouts: RolloutBatch, timer: _Timer) -> Tensor:
+    def _scores(self, module: SamplingModule, rollouts: RolloutBatch, num_prompts: int, timer: _Timer) -> _Scores:
         wanted = torch.isfinite(rollouts.reward)
         if self.rule.objective != "reward_baseline":  # rejected samples have no part in the other two
             wanted = wanted & (rollouts.reward > self.accept_threshold)
+        sketched = self.rule.objective == "em" and self.estimator == "self_normalized" and self.grad_norm == "head"
+        sketched = sketched and num_prompts * _SKETCH <= _MOST_SKETCHED
         with timer("seconds_score"):
-            return score_norms(module, rollouts, wanted, self.grad_norm, self.grad_norm_params)
+            norms, sketches = score_norms(
+                module, rollouts, wanted, self.grad_norm, self.grad_norm_params, _SKETCH if sketched else 0
+            )
+        index = rollouts.prompt_index
+        return _Scores(norms, gradient_sums(index[wanted], sketches[wanted], num_prompts) if sketched else None)
+
+    def _sn_mse(self, plan: Plan, gradients: Tensor) -> dict[str, float]:
+        """The error of the self-normalised estimate under a plan, over that of an even split; nothing if not known."""
+        known = mean_gradients(gradients)
+        if known is None or int(plan.counts.max()) > _LONGEST:
+            return {}
+        at_least = self.pilot_samples if self.pilot_mode == "reuse" else 0
+        even = self.rule.even(len(plan.counts), int(plan.counts.sum()), at_least=at_least)
+        return {"sn_mse_ratio": sn_mse_ratio(plan.counts, even, plan.p, *known)}
 
     def _sums(self, rollouts: RolloutBatch, norms: Tensor | None, num_prompts: int) -> Tensor:
         return visit_sums(
@@ -235,6 +260,14 @@ class EStep:
 
 
 @dataclass
+class _Scores:
+    """Norms ``[n]`` of samples, and sums of sketches of the accepted ones over this process, if asked for."""
+
+    norms: Tensor
+    gradients: Tensor | None
+
+
+@dataclass
 class Iteration:
     """The samples of one iteration (this process's part), and sums and figures over all processes."""
 
@@ -266,10 +299,6 @@ def check_rollouts(rollouts: RolloutBatch, counts: Tensor, owner: str) -> None:
             f"{owner}.sample() must return a floating-point reward of shape {tuple(index.shape)}, got"
             f" {reward.dtype} {tuple(reward.shape)}."
         )
-
-
-def _unknown(rollouts: RolloutBatch) -> Tensor:
-    return torch.full((len(rollouts),), torch.nan, dtype=torch.float64)
 
 
 def _same_on_all(counts: Tensor, who: Processes) -> None:

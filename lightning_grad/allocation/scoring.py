@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.data.rollouts import RolloutBatch
-from lightning_grad.statistics.head_norm import head_grad_norm
+from lightning_grad.statistics.head_norm import HeadNormMethod, head_grad_norm, head_grad_sketch
 
 GradNorm = Literal["head", "token", "full", "module", "none"]
 _CHUNK_BYTES = 256 * 2**20
@@ -22,9 +22,16 @@ def needed_method(kind: GradNorm) -> str | None:
 
 
 def score_norms(
-    module: Any, rollouts: RolloutBatch, wanted: Tensor, kind: GradNorm, params: tuple[str, ...] | None = None
-) -> Tensor:
-    """Norms of the wanted samples, float64 ``[n]`` on the CPU; NaN for the others.
+    module: Any,
+    rollouts: RolloutBatch,
+    wanted: Tensor,
+    kind: GradNorm,
+    params: tuple[str, ...] | None = None,
+    sketch_dim: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Norms of the wanted samples, float64 ``[n]``, and sketches of their scores ``[n, sketch_dim]``, on the CPU.
+
+    Both are NaN for the other samples.
 
     Args:
         module: Has the method :func:`needed_method` names.
@@ -34,11 +41,13 @@ def score_norms(
             ``"full"`` the gradient of ``params`` by one backward pass per sample; ``"module"`` whatever
             ``sample_scores`` says; ``"none"`` 1 for all.
         params: Names of the parameters for ``"full"``; ``None``: all that are trained.
+        sketch_dim: Length of the sketches, for ``"head"``; 0: none.
     """
     norms = torch.full((len(rollouts),), torch.nan, dtype=torch.float64)
+    sketches = torch.full((len(rollouts), sketch_dim), torch.nan)
     rows = wanted.nonzero()[:, 0]
     if not len(rows):
-        return norms
+        return norms, sketches
     if kind == "none":
         norms[rows] = 1.0
     elif kind == "module":
@@ -47,13 +56,17 @@ def score_norms(
         chosen = _parameters(module, params)
         norms[rows] = torch.tensor([_full(module, rollouts.rows(row[None]), chosen) for row in rows]).double()
     else:
-        norms[rows] = torch.cat(list(_by_head(module, rollouts.rows(rows), kind)))
-    return norms
+        parts = list(_by_head(module, rollouts.rows(rows), kind, sketch_dim))
+        norms[rows] = torch.cat([part[0] for part in parts])
+        if sketch_dim:
+            sketches[rows] = torch.cat([part[1] for part in parts])
+    return norms, sketches
 
 
 @torch.no_grad()
-def _by_head(module: Any, rollouts: RolloutBatch, kind: GradNorm) -> Iterator[Tensor]:
+def _by_head(module: Any, rollouts: RolloutBatch, kind: GradNorm, sketch_dim: int) -> Iterator[tuple[Tensor, Tensor]]:
     length, vocabulary = rollouts.completion_ids.shape[1], getattr(module, "vocab_size", None)
+    bias = getattr(module, "head_bias", False)
     start, size = 0, _FIRST_CHUNK if vocabulary is None else _chunk(length, vocabulary)
     while start < len(rollouts):
         part = rollouts.rows(slice(start, start + size))
@@ -61,16 +74,14 @@ def _by_head(module: Any, rollouts: RolloutBatch, kind: GradNorm) -> Iterator[Te
         start += size
         # the vocabulary is known only now
         size = _chunk(logits.shape[1], logits.shape[2])
-        norms = head_grad_norm(
-            hidden,
-            logits,
-            part.completion_ids.to(logits.device),
-            part.completion_mask.to(logits.device),
-            bias=getattr(module, "head_bias", False),
-            method="token" if kind == "token" else "auto",
-            generator=torch.Generator().manual_seed(0),
-        )
-        yield norms.double().cpu()
+        samples = hidden, logits, part.completion_ids.to(logits.device), part.completion_mask.to(logits.device)
+        method: HeadNormMethod = "token" if kind == "token" else "auto"
+        norms = head_grad_norm(*samples, bias=bias, method=method, generator=torch.Generator().manual_seed(0))
+        sketches = norms[:, None]
+        if sketch_dim:
+            same = torch.Generator().manual_seed(1)  # for all samples of all processes
+            sketches = head_grad_sketch(*samples, bias=bias, dim=sketch_dim, generator=same)
+        yield norms.double().cpu(), sketches.float().cpu()
 
 
 def _chunk(length: int, vocabulary: int) -> int:

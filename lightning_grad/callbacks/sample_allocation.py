@@ -193,7 +193,7 @@ class DynamicSampleAllocation(TensorBoardCharts):
         """Variance against an even split, budget, and acceptance."""
         return {
             "alloc": {
-                "predicted variance, 1 = even split": ["alloc/variance_ratio"],
+                "predicted variance, 1 = even split": ["alloc/variance_ratio", "alloc/sn_mse_ratio"],
                 "samples of a prompt": ["alloc/n_min", "alloc/n_max"],
                 "budget": ["alloc/budget", "alloc/pilot_generated"],
                 "acceptance": ["alloc/acceptance_rate", "alloc/zero_accept_frac", "alloc/missing_frac"],

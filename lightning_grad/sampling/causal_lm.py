@@ -36,7 +36,7 @@ class CausalLMSamplingModule(pl.LightningModule):
 
     Args:
         model: Folder or hub name of a checkpoint, or a model.
-        tokenizer: The same; ``None``: that of ``model``.
+        tokenizer: The same; ``None``: that of ``model``, which a model made from a config alone does not have.
         reward: Import path of a function or class, or a function, ``(prompts, completions, references) -> rewards``.
             A sample whose reward is NaN, or for which the function raises, counts as not drawn.
         max_new_tokens: Longest completion in tokens, >= 1.
@@ -54,7 +54,7 @@ class CausalLMSamplingModule(pl.LightningModule):
     Raises:
         ModuleNotFoundError: ``transformers`` is not installed.
         TypeError: ``model`` is neither text nor a module.
-        ValueError: An argument is out of range, or the tokenizer lacks an end token.
+        ValueError: An argument is out of range, no tokenizer is found, or it lacks an end token.
     """
 
     def __init__(
@@ -91,8 +91,7 @@ class CausalLMSamplingModule(pl.LightningModule):
         self.save_hyperparameters(ignore=[k for k, v in objects.items() if not isinstance(v, str | None)])
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "name_or_path", "")
         self.model: Any = _load("AutoModelForCausalLM", model, dtype=dtype) if isinstance(model, str) else model
-        source = name if tokenizer is None else tokenizer
-        self.tokenizer: Any = _load("AutoTokenizer", source) if isinstance(source, str) else source
+        self.tokenizer: Any = _tokenizer(name if tokenizer is None else tokenizer)
         self.eos_ids = self._end_tokens()
         pad = self.tokenizer.pad_token_id
         self.pad_id: int = self.eos_ids[0] if pad is None else pad
@@ -261,6 +260,18 @@ def _trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         width = max(1, int(batch["prompt_mask"].sum(1).max()))
         batch |= {name: batch[name][:, -width:] for name in ("prompt_ids", "prompt_mask")}
     return batch
+
+
+def _tokenizer(source: Any) -> Any:
+    if not isinstance(source, str):
+        return source
+    remedy = "give `tokenizer`, the tokenizer itself or the folder or hub name it is loaded from."
+    if not source:
+        raise ValueError(f"`model` is a module that does not say where it comes from: {remedy}")
+    try:
+        return _load("AutoTokenizer", source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer could be loaded from {source!r} ({error}); {remedy}") from error
 
 
 def _load(kind: str, source: str, **kwargs: Any) -> Any:

@@ -76,7 +76,7 @@ class Keep(Callback):
 SCALARS = (
     "acceptance_rate", "zero_accept_frac", "missing_frac", "budget", "generated_total", "pilot_generated", "n_min",
     "n_max", "n_gini", "variance_ratio", "weight_max", "ess", "seconds_generate", "seconds_score", "fallback",
-    "unscorable",
+    "unscorable", "sn_mse_ratio",
 )  # fmt: skip
 
 

@@ -313,6 +313,22 @@ def test_refused(checkpoint, tmp_path):
         CausalLMSamplingModule(model.model, model.tokenizer, REWARD)
 
 
+def test_a_model_without_a_tokenizer_says_which_argument_to_give(checkpoint, tmp_path):
+    named = make(checkpoint)
+    assert CausalLMSamplingModule(named.model, reward=REWARD).tokenizer.get_vocab() == named.tokenizer.get_vocab()
+    config = type(named.model.config)(vocab_size=19, eos_token_id=1, **tiny_lm.LLAMA)
+    bare = type(named.model)(config)  # as a test or code of your own makes it
+    with pytest.raises(ValueError, match=r"`model` is a module that does not say where .*: give `tokenizer`, the"):
+        CausalLMSamplingModule(bare, reward=REWARD)
+    with pytest.raises(ValueError, match=r"`model` is a module that does not say where .*: give `tokenizer`, the"):
+        CausalLMSamplingModule(torch.nn.Linear(2, 2), reward=REWARD)
+    assert CausalLMSamplingModule(bare, named.tokenizer, REWARD).eos_ids == [1]
+    assert CausalLMSamplingModule(bare, checkpoint, REWARD).eos_ids == [1]
+    bare.save_pretrained(tmp_path)  # a folder with a model and no tokenizer
+    with pytest.raises(ValueError, match=r"(?s)no tokenizer could be loaded from .*; give `tokenizer`, the tokenizer"):
+        CausalLMSamplingModule(str(tmp_path), reward=REWARD)
+
+
 def test_no_padding_token_is_needed(tmp_path):
     path = tiny_lm.make_checkpoint(tmp_path, pad=False)
     rollouts = draw(make(path), [3, 3, 1, 1])
