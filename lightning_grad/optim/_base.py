@@ -310,7 +310,7 @@ class RuleOptimizer(Optimizer):
         work: Work = [
             (group, self._with_hyper(group, plan.units))
             for group, plan in zip(self.param_groups, plans, strict=True)
-            if plan is not None
+            if plan is not None and plan.units
         ]
         if any(self.kind_of(group) == "global" for group, _ in work):
             self._measure_all([pair for pair in work if self.kind_of(pair[0]) == "global"])
@@ -377,7 +377,7 @@ class RuleOptimizer(Optimizer):
         totals: list[Tensor] = []
         for group, units in work:
             parts = [part for unit, h in units for part in self._measured(group, unit, h)]
-            totals.append(torch.stack(parts).sum(0) if parts else torch.zeros((), dtype=torch.float64))
+            totals.append(torch.stack(parts).sum(0))
         scalars = self.prologue([group for group, _ in work], totals)
         for (group, units), extra in zip(work, scalars, strict=True):
             for unit, h in units:

@@ -84,8 +84,10 @@ def test_a_torch_without_the_fused_kernel_makes_the_same_step(cls: Any, monkeypa
 @every
 @every_mode
 def test_empty_parameters_are_passed_over(case: Case, mode: str) -> None:
-    params = [*make_params(shapes=[(3,), (0, 4), (0,)])]
-    run(case.cls(params, **case.kwargs[0], **MODES[mode]), params, range(2))
+    params = make_params(shapes=[(0, 4), (3,), (0,)])
+    grouped = [{"params": params[:1]}, {"params": params[1:]}]
+    for groups in (params, grouped, params[:1]):  # also where a group, or all there is, is empty
+        run(case.cls(groups, **case.kwargs[0], **MODES[mode]), params, range(2))
     assert all(p.isfinite().all() for p in params)
 
 
