@@ -56,7 +56,8 @@ class SPSABase(Strategy):
         """One chart for what is measured, one for what is done with it, one for who takes part."""
         return {
             "spsa": {
-                "loss, and the two evaluations apart": ["spsa/loss", "spsa/loss_spread"],
+                "loss": ["spsa/loss"],
+                "difference of the two evaluations": ["spsa/loss_spread"],
                 "slope along a direction": ["spsa/grad_rms", "spsa/grad_last"],
                 "step of a parameter": ["spsa/step_rms"],
                 "learning rate": ["spsa/lr"],
