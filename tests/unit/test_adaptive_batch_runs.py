@@ -84,7 +84,7 @@ def test_random_plans_with_workers(capfd):
 
 
 @pytest.mark.slow
-def test_random_plans_in_a_trainer(capfd):
+def test_many_random_plans_in_a_trainer(capfd):
     for seed in range(1000, 1150):
         check_random_run(seed)
 
