@@ -173,11 +173,16 @@ def _print_optima(found: Fit, columns: dict[str, list[float]], options: argparse
     print(f"\n{'compute':>10s}{'parameters':>14s}{'tokens':>14s}")
     for compute in options.compute or [largest, 10 * largest, 100 * largest]:
         n, d = found.optimal(compute)
+        if math.isnan(n):
+            print(f"{compute:10.3g}   no optimum: A or B is not positive")
+            continue
         line = f"{compute:10.3g}{n:14.5g}{d:14.5g}"
         spread = found.optimal_intervals(compute) if isinstance(found, Chinchilla) else None
         if spread is not None:
             (n0, n1), (d0, d1) = spread
             line += f"   90 %: parameters {n0:.4g} to {n1:.4g}, tokens {d0:.4g} to {d1:.4g}"
+            if math.isnan(n0):
+                line += " (a resample without an optimum)"
         print(line)
     if isinstance(found, IsoflopParabola) and "tokens" in columns:
         _print_bias(columns)

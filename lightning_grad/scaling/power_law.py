@@ -44,7 +44,7 @@ def fit_power_law(
     bootstrap_resamples: int = 0,
     seed: int = 0,
 ) -> PowerLaw:
-    """Fit ``y = c + a * x**-b`` with ``a, c >= 0`` and ``b`` in (0.005, 2).
+    """Fit ``y = c + a * x**-b`` with ``c >= 0`` and ``b`` in (0.005, 2); ``status`` says if ``a`` is not positive.
 
     Args:
         x: Data, parameters or compute; positive, at least 4 values over at least a decade (less is said in ``status``).
@@ -82,6 +82,7 @@ def fit_power_law(
         c = float(found.coefficients[0]) if with_constant else 0.0
         doubts = ["b at a bound"] if found.at_bound else []
         doubts += [] if found.converged else ["not converged"]
+        doubts += [] if found.coefficients[-1] > 0 else ["a is not positive: y does not fall"]
         return np.array([c, found.coefficients[-1] * np.exp(b * mean), b]), found.rss, doubts
 
     everything = np.arange(len(log_x))

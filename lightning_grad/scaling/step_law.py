@@ -74,6 +74,9 @@ def step_law(N: float, D: float, seq_len: int | None = None) -> StepLaw:
 
 
 def count_non_embedding(model: nn.Module) -> int:
-    """Return the number of parameters of ``model`` outside embedding tables; a shared output layer is one of them."""
+    """Return the number of parameters of ``model`` outside embedding tables; a shared output layer is one of them.
+
+    An output layer of its own is counted; the law's :math:`N` has attention and feed-forward weights only.
+    """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     return sum(p.numel() for p in model.parameters() if id(p) not in tables)

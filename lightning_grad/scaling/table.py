@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from pathlib import Path
 
@@ -28,7 +29,11 @@ def read_runs(path: Path) -> dict[str, list[float]]:
         ValueError: Names the column and the line of the file.
         OSError: The file cannot be read.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file in UTF-8.") from None
+    with io.StringIO(text, newline="") as file:
         reader = csv.reader(file)
         header = next(reader, [])
         names = {i: name for i, title in enumerate(header) if (name := _meaning(title)) is not None}

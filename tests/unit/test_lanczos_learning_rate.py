@@ -1,12 +1,9 @@
-"""LanczosLearningRate: the decisions on known curvature, in a Trainer, refusals, two processes."""
+"""LanczosLearningRate: the decisions on known curvature, in a Trainer, refusals."""
 
 from __future__ import annotations
 
 import io
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -26,7 +23,6 @@ from lightning_grad.statistics.curvature_lanczos import spectrum
 from lightning_grad.statistics.stability import growth_limit, smoothed_lr
 from tests.unit.test_stability_monitor import Memory, Net, fit
 
-ROOT = Path(__file__).parents[2]
 SPECTRUM = torch.tensor([0.01, 0.1, 0.3, 0.70305], dtype=torch.float64)
 
 
@@ -310,43 +306,3 @@ def test_refused_by_name():
         run([LanczosLearningRate(), LossNormalizedLR()])
     with pytest.raises(ValueError, match="bfloat16"):
         fit([LanczosLearningRate()], Net(), precision="bf16-true")
-
-
-DDP = """
-import sys, torch, lightning.pytorch as pl
-from tests.unit.test_stability_monitor import Net, Memory, loader
-from lightning_grad import LanczosLearningRate
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-class Sharded(Net):
-    def train_dataloader(self):
-        x, y = loader().dataset.tensors
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        return DataLoader(TensorDataset(x[rank::world], y[rank::world]), 8 // world)
-if __name__ == "__main__":
-    pl.seed_everything(0)
-    model = Sharded(); model.net = nn.Linear(4, 3)
-    memory = Memory()
-    trainer = pl.Trainer(accelerator="cpu", devices=int(sys.argv[1]), strategy=sys.argv[2], max_steps=3, logger=memory,
-        callbacks=[LanczosLearningRate(every_n_steps=1, k=5)], use_distributed_sampler=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.fit(model)
-    if trainer.is_global_zero:
-        print("RESULT", *[v for _, v in memory.of("curvature/lr_applied")], float(model.net.weight.detach().norm()))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_decide_as_one(tmp_path):
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP)
-    results = []
-    for devices, strategy in (("1", "auto"), ("2", "ddp")):
-        done = subprocess.run(
-            [sys.executable, str(script), devices, strategy], capture_output=True, text=True, timeout=280, cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
-        )  # fmt: skip
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-        assert lines, done.stderr[-2000:]
-        results.append([float(x) for x in lines[0].split()[1:]])
-    assert results[0] == pytest.approx(results[1], rel=1e-4)

@@ -92,6 +92,13 @@ def test_overtraining_is_chinchilla_with_equal_exponents():
     assert fit.best_ratio == pytest.approx(1.0)  # (B/A)^(1/alpha)
 
 
+def test_a_rise_is_no_power_law():
+    x = [1.0, 10.0, 100.0, 1000.0]
+    assert "a is not positive: y does not fall" in fit_power_law(x, [1.0, 2.0, 3.0, 5.0]).status
+    assert "a is not positive: y does not fall" in fit_power_law(x, [5.0] * 4).status
+    assert fit_power_law(x, [5.0, 3.0, 2.0, 1.5]).status == ()
+
+
 def test_weights_and_loss_of_the_power_law():
     x = np.geomspace(1e3, 1e7, 20)
     y = 0.2 + 3 * x**-0.25

@@ -108,7 +108,19 @@ def test_a_bad_table_is_one_line(tmp_path, capsys, text, words, expected):
     assert expected in one_line(capsys, "scaling", "fit", str(path), "--no-plot", *words)
 
 
+def test_rows_that_determine_no_optimum_say_so(tmp_path, capsys):
+    path = tmp_path / "six.csv"
+    rows = "1e6,1e8,4\n2e6,2e8,3.8\n4e6,3e8,3.5\n1e7,5e8,3.2\n2e7,1e9,3.0\n4e7,2e9,2.9\n"
+    path.write_text("params,tokens,loss\n" + rows)
+    assert main(["scaling", "fit", str(path), "--no-plot", "--bootstrap", "5"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("no optimum: A or B is not positive") == 3
+    assert "doubt: B is not positive" in out
+
+
 def test_bad_words_are_one_line(capsys, tmp_path):
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
+    assert "not a text file" in one_line(capsys, "scaling", "fit", str(tmp_path / "binary.csv"))
     assert "No such file" in one_line(capsys, "scaling", "fit", str(tmp_path / "nowhere.csv"))
     assert "must be a positive number, got '-1'" in one_line(capsys, "advise", "--params=-1", "--tokens", "1")
     assert "--tokens" in one_line(capsys, "advise", "--params", "1e9")

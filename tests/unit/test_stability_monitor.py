@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -25,8 +22,6 @@ from lightning_grad.callbacks._curvature import check_supported
 from lightning_grad.callbacks.lanczos_learning_rate import LanczosLearningRate
 from lightning_grad.callbacks.stability import SGDTemperatureMonitor, StabilityMonitor
 from lightning_grad.statistics.stability import cosine
-
-ROOT = Path(__file__).parents[2]
 
 
 class Memory(Logger):
@@ -346,48 +341,6 @@ def test_refused_by_name():
 
     with pytest.raises(MisconfigurationException, match="curvature_loss"):
         fit([StabilityMonitor()], Manual())
-
-
-DDP = """
-import sys, torch, lightning.pytorch as pl
-from tests.unit.test_stability_monitor import Net, Memory, loader
-from lightning_grad.callbacks.stability import StabilityMonitor
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-class Sharded(Net):
-    def train_dataloader(self):
-        x, y = loader().dataset.tensors
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        return DataLoader(TensorDataset(x[rank::world], y[rank::world]), 8 // world)
-if __name__ == "__main__":
-    pl.seed_everything(0)
-    model = Sharded(); model.net = nn.Linear(4, 3)
-    memory = Memory()
-    trainer = pl.Trainer(accelerator="cpu", devices=int(sys.argv[1]), strategy=sys.argv[2], max_steps=2, logger=memory,
-        callbacks=[StabilityMonitor(every_n_steps=1, k=5)], use_distributed_sampler=False,
-        enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False)
-    trainer.fit(model)
-    if trainer.is_global_zero:
-        print("RESULT", memory.of("stability/lambda_max")[0][1], memory.of("stability/lr_over_sgd_limit")[0][1])
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_see_the_hessian_of_both_batches(tmp_path):
-    """Two processes with 4 samples each log what one process logs with all 8."""
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP)
-    results = []
-    for devices, strategy in (("1", "auto"), ("2", "ddp")):
-        run = subprocess.run(
-            [sys.executable, str(script), devices, strategy], capture_output=True, text=True, timeout=280, cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
-        )  # fmt: skip
-        lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT")]
-        assert lines, run.stderr[-2000:]
-        results.append([float(x) for x in lines[0].split()[1:]])
-    assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
 def test_csv_logger_takes_it(tmp_path):
