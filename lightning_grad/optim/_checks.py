@@ -13,7 +13,10 @@ _LARGEST = 1e10
 _NON_NEGATIVE = {"eps", "weight_decay", "delta", "b0", "temperature", "lam", "v_init", "lipschitz", "smoothness"}
 _FRACTION_BELOW_ONE = {"momentum", "alpha"}
 _FRACTION = {"wd_ratio", "dampening"}
-_BOOLEANS = ("maximize", "compile", "capturable", "differentiable", "decay_1d", "stochastic_rounding")
+_BOOLEANS = {
+    "maximize", "compile", "capturable", "differentiable", "decay_1d", "stochastic_rounding",
+    "decoupled_weight_decay", "nesterov", "project", "sphere",
+}  # fmt: skip
 
 
 class Switches(TypedDict, total=False):
@@ -64,9 +67,8 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must lie in [0, 1), got {value}")
         elif name in _FRACTION and not (_is_number(value) and 0.0 <= value <= 1.0):
             raise ValueError(f"{name} must lie in [0, 1], got {value}")
-    for name in _BOOLEANS:
-        if not isinstance(group[name], bool):
-            raise ValueError(f"{name} must be True or False, got {group[name]!r}")
+        elif name in _BOOLEANS and not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
     if group["foreach"] not in (None, True, False):
         raise ValueError(f"foreach must be True, False or None, got {group['foreach']!r}")
     if group["state_dtype"] not in ("param", "float32"):

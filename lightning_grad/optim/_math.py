@@ -226,6 +226,16 @@ def ema_of_square(average: Any, x: Any, beta: Scalar) -> Any:
     return addcmul(average * beta, x, x, 1.0 - beta)
 
 
+def adam_scalars(betas: tuple[float, float], eps: float, step: Any) -> dict[str, Any]:
+    """What :func:`adam` needs in ``h`` at a step, and ``unbias``.
+
+    With them ``mhat / (sqrt(vhat) + eps) = unbias * m / (sqrt(v) + h["eps"])``.
+    """
+    root = (1.0 - betas[1] ** step) ** 0.5
+    unbias = root / (1.0 - betas[0] ** step)
+    return {"beta1": betas[0], "beta2": betas[1], "eps": eps * root, "unbias": unbias, "guard": eps < TINY}
+
+
 def adam(s: Mapping[str, Any], g: Any, h: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     """Adam's averages after the gradient ``g``, and ``exp_avg / (sqrt(exp_avg_sq) + eps)``.
 
@@ -244,8 +254,13 @@ def adam(s: Mapping[str, Any], g: Any, h: Mapping[str, Any]) -> tuple[dict[str, 
         adam_in_one_pass(quotient, g.tensor, m.tensor, v.tensor, h["beta1"], h["beta2"], eps)
         return {"exp_avg": m, "exp_avg_sq": v}, Buffer(quotient, m.pool, True), None
     m, v = ema(m, g, h["beta1"]), ema_of_square(v, g, h["beta2"])
-    denominator = v.sqrt() + eps
-    return {"exp_avg": m, "exp_avg_sq": v}, m, denominator.clamp_min(TINY) if h["guard"] else denominator
+    return {"exp_avg": m, "exp_avg_sq": v}, m, adam_denominator(v, h)
+
+
+def adam_denominator(v: Any, h: Mapping[str, Any]) -> Any:
+    """``sqrt(v) + eps``; with the flag ``guard`` such that 0 / 0 counts as 0."""
+    denominator = v.sqrt() + h["eps"]
+    return denominator.clamp_min(TINY) if h["guard"] else denominator
 
 
 def adam_in_one_pass(u: Tensor, g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float, eps: float) -> None:

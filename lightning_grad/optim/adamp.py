@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_grad.optim._checks import Switches
 from lightning_grad.optim._executors import Group, Hyper, State
-from lightning_grad.optim._math import TINY, adam, axpy, ema, ema_of_square
+from lightning_grad.optim._math import adam, adam_denominator, adam_scalars, axpy, ema, ema_of_square
 from lightning_grad.optim._projection import ProjectedOptimizer
 
 
@@ -69,15 +69,12 @@ class AdamP(ProjectedOptimizer):
 
     @override
     def hyper(self, group: Group, step: Any) -> Hyper:
-        beta1, beta2 = group["betas"]
-        root = (1.0 - beta2**step) ** 0.5
+        adams = adam_scalars(group["betas"], group["eps"], step)
         return {
-            "beta1": beta1, "beta2": beta2,
-            # mhat / (sqrt(vhat) + eps) = root / (1 - beta1^t) * m / (sqrt(v) + eps * root)
-            "step_size": group["lr"] * root / (1.0 - beta1**step), "eps": group["eps"] * root,
+            **adams, "step_size": group["lr"] * adams["unbias"],
             "decay": group["lr"] * group["weight_decay"], "eps_row": group["eps"],
             "delta": group["delta"], "wd_ratio": group["wd_ratio"],
-            "projects": group["delta"] > 0.0, "nesterov": group["nesterov"], "guard": group["eps"] < TINY,
+            "projects": group["delta"] > 0.0, "nesterov": group["nesterov"],
         }  # fmt: skip
 
     @override
@@ -99,8 +96,5 @@ class AdamP(ProjectedOptimizer):
     @override
     @staticmethod
     def direction(g: Any, s: State, h: Hyper) -> Any:
-        denominator = s["exp_avg_sq"].sqrt() + h["eps"]
-        if h["guard"]:  # 0 / 0 counts as 0
-            denominator = denominator.clamp_min(TINY)
         m = axpy(s["exp_avg"] * h["beta1"], g, 1.0 - h["beta1"]) if h["nesterov"] else s["exp_avg"]
-        return m / denominator
+        return m / adam_denominator(s["exp_avg_sq"], h)

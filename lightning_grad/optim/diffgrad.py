@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_grad.optim._base import RuleOptimizer
 from lightning_grad.optim._checks import Switches
 from lightning_grad.optim._executors import Group, Hyper, State
-from lightning_grad.optim._math import TINY, adam, addcdiv, axpy, damped, spent
+from lightning_grad.optim._math import adam, adam_scalars, addcdiv, axpy, damped, spent
 
 
 class DiffGrad(RuleOptimizer):
@@ -64,17 +64,12 @@ class DiffGrad(RuleOptimizer):
 
     @override
     def hyper(self, group: Group, step: Any) -> Hyper:
-        beta1, beta2 = group["betas"]
-        root = (1.0 - beta2**step) ** 0.5
-        decays = group["weight_decay"] != 0.0
+        decays, adams = group["weight_decay"] != 0.0, adam_scalars(group["betas"], group["eps"], step)
         return {
-            "beta1": beta1, "beta2": beta2,
-            # mhat / (sqrt(vhat) + eps) = root / (1 - beta1^t) * m / (sqrt(v) + eps * root)
-            "step_size": group["lr"] * root / (1.0 - beta1**step), "eps": group["eps"] * root,
+            **adams, "step_size": group["lr"] * adams["unbias"],
             "weight_decay": group["weight_decay"], "keep": 1.0 - group["lr"] * group["weight_decay"],
             "coupled": decays and not group["decoupled_weight_decay"],
             "decoupled": decays and group["decoupled_weight_decay"],
-            "guard": group["eps"] < TINY,
         }  # fmt: skip
 
     @override

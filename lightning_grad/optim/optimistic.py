@@ -31,8 +31,6 @@ class _Optimistic(RuleOptimizer):
 
     @override
     def check(self, group: Group) -> None:
-        if not isinstance(group["project"], bool):
-            raise ValueError(f"project must be True or False, got {group['project']!r}")
         if not isinstance(group["diameter"], int | float) or not 0.0 < group["diameter"] <= 1e10:
             raise ValueError(f"diameter must be > 0 and at most 1e+10, got {group['diameter']}")
 

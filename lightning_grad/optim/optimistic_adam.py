@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_grad.optim._base import RuleOptimizer
 from lightning_grad.optim._checks import Switches
 from lightning_grad.optim._executors import Group, Hyper, State
-from lightning_grad.optim._math import TINY, adam, axpy
+from lightning_grad.optim._math import adam, adam_scalars, axpy
 
 
 class OptimisticAdam(RuleOptimizer):
@@ -52,14 +52,9 @@ class OptimisticAdam(RuleOptimizer):
 
     @override
     def hyper(self, group: Group, step: Any) -> Hyper:
-        beta1, beta2 = group["betas"]
-        root = (1.0 - beta2**step) ** 0.5
         return {
-            "beta1": beta1, "beta2": beta2, "lr": group["lr"],
-            # mhat / (sqrt(vhat) + eps) = root / (1 - beta1^t) * m / (sqrt(v) + eps * root)
-            "unbias": root / (1.0 - beta1**step), "eps": group["eps"] * root,
-            "keep": 1.0 - group["lr"] * group["weight_decay"],
-            "decays": group["weight_decay"] != 0.0, "guard": group["eps"] < TINY,
+            **adam_scalars(group["betas"], group["eps"], step), "lr": group["lr"],
+            "keep": 1.0 - group["lr"] * group["weight_decay"], "decays": group["weight_decay"] != 0.0,
         }  # fmt: skip
 
     @override

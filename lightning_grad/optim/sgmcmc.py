@@ -166,12 +166,6 @@ class SGLD(_Langevin):
         super().__init__(params, defaults, seed, **switches)
 
     @override
-    def check(self, group: Group) -> None:
-        super().check(group)
-        if not isinstance(group["sphere"], bool):
-            raise ValueError(f"sphere must be True or False, got {group['sphere']!r}")
-
-    @override
     def kind_of(self, group: Group) -> Kind:
         return "tensor" if group["sphere"] else "elementwise"
 
@@ -192,19 +186,13 @@ class SGLD(_Langevin):
 
     @override
     def own_scalars(self, param: Tensor, total: Tensor, h: Hyper) -> dict[str, Tensor]:
-        """The move without its radial part is ``p * (1 - <p, u>/<p, p>) + u``; then the norm is set to the radius."""
-        pp, pu, uu = total.unbind()
+        """Factors of ``p`` and of its move on the sphere."""
         state = self.state[param]
         if "radius" not in state:
-            state["radius"] = pp.detach().sqrt()
+            state["radius"] = total[0].detach().sqrt()
             self._remember()
-        radius = state["radius"]
-        bound = (pp > 0) & (radius > 0) & (param.ndim > 0)  # a tensor that starts at zero has no sphere
-        one = torch.ones_like(pp)
-        along = torch.where(bound, pu / torch.where(bound, pp, one), torch.zeros_like(pp))
-        length = torch.where(bound, pp + (uu - along * pu).clamp_min(0.0), one).sqrt()
-        factor = torch.where(bound, radius / length, one)
-        return {"keep": (1.0 - along) * factor, "lr": h["lr"] * factor, "std": h["std"] * factor}
+        keep, factor = _onto_sphere(state["radius"] * (param.ndim > 0), *total.unbind())
+        return {"keep": keep, "lr": h["lr"] * factor, "std": h["std"] * factor}
 
     @override
     @staticmethod
@@ -360,6 +348,22 @@ class SGHMC(_Langevin):
 def _with_prior(p: Any, g: Any, h: Hyper) -> Any:
     """The gradient with that of the prior."""
     return axpy(g, p, h["weight_decay"]) if h["decays"] else g
+
+
+def _onto_sphere(radius: Tensor, pp: Tensor, pu: Tensor, uu: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of ``p`` and ``u`` in their sum without the part of ``u`` along ``p``, scaled to a norm.
+
+    Args:
+        radius: The norm; 0 (a tensor that starts at zero): both factors are 1.
+        pp: ``<p, p>``.
+        pu: ``<p, u>``.
+        uu: ``<u, u>``.
+    """
+    one, bound = torch.ones_like(pp), (pp > 0) & (radius > 0)
+    along = torch.where(bound, pu / torch.where(bound, pp, one), torch.zeros_like(pp))
+    length = torch.where(bound, pp + (uu - along * pu).clamp_min(0.0), one).sqrt()
+    factor = torch.where(bound, radius / length, one)
+    return (1.0 - along) * factor, factor
 
 
 def _key(device: torch.device) -> str:
