@@ -21,7 +21,7 @@ from lightning_grad.allocation.history import PromptHistory  # noqa: E402
 from lightning_grad.allocation.integer import allocate  # noqa: E402
 from lightning_grad.allocation.planner import AllocationRule  # noqa: E402
 from lightning_grad.sampling.generation import completion_logits  # noqa: E402
-from lightning_grad.statistics.head_norm import head_grad_norm  # noqa: E402
+from lightning_grad.statistics.head_norm import head_grad_norm, head_grad_sketch  # noqa: E402
 
 PROMPTS = 1_000_000
 
@@ -80,6 +80,7 @@ def norms(vocabulary: int, length: int, layers: int = 8, width: int = 512, promp
         variants[method] = lambda method=method: head_grad_norm(
             hidden, logits, completion, mask, method=method, generator=torch.Generator().manual_seed(0)
         )
+    variants["sketched gradients"] = lambda: head_grad_sketch(hidden, logits, completion, mask)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     shape = f"V={vocabulary} d={width} R={length} P={prompt} {size:.0f} M parameters, {rows} rows"
     bench = Bench("allocation_norms", shape, "forward pass")

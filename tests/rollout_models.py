@@ -22,6 +22,13 @@ class EasyPolicy(ArithmeticPolicy):
         return rollouts
 
 
+class EasyRun(EasyPolicy):
+    """With an argument that the command line sees."""
+
+    def __init__(self, lr=3e-3):
+        super().__init__(lr=lr)
+
+
 class RolloutRun(EasyPolicy):
     """The run of the reliability tests, which has its own loader."""
 
