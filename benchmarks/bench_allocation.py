@@ -50,6 +50,11 @@ def plans() -> None:
     variants["allocate: largest remainder"] = lambda: allocate(
         weights["lognormal, sd 1"], 8 * PROMPTS, rounding="largest_remainder"
     )
+    variants["allocate: five units above one each"] = lambda: allocate(weights["lognormal, sd 1"], PROMPTS + 5)
+    variants["allocate: seven units below 16 each"] = lambda: allocate(
+        weights["lognormal, sd 1"], 16 * PROMPTS - 7, max_samples=16
+    )
+    variants["allocate: half are 1, half 2"] = lambda: allocate((normal > 0) + 1, 8 * PROMPTS + 300_001)
     variants["whole plan"] = lambda: rule.plan(history, 8 * PROMPTS)
     bench = Bench("allocation_plan", f"{PROMPTS} prompts", "allocate: lognormal, sd 1", "float64")
     bench.run(variants, rounds=5, warmup=1)

@@ -58,6 +58,8 @@ def allocate(
     if is_degenerate(weights):
         order = torch.randperm(weights.numel(), generator=torch.Generator().manual_seed(seed))
         return _even(budget, low, high, order)
+    # a power of two changes no plan, and squares of what is left neither overflow nor, where it matters, vanish
+    weights = torch.ldexp(weights, -torch.frexp(weights.max()).exponent)
     positive = (weights > 0) & (high > 0)
     if budget < int(torch.maximum(low, positive.long()).sum()):
         return _one_each(weights, budget, low, positive)
@@ -130,50 +132,54 @@ def _optimal(weights: Tensor, budget: int, low: Tensor, high: Tensor) -> Tensor:
         n = torch.ceil((torch.sqrt(1 + 4 * x * x) - 1) / 2).clamp(max=float(budget)).long()
         return torch.minimum(torch.maximum(n, low), high)
 
-    best, below, above = low, 0.0, float("inf")
-    guess = (budget + 0.5 * weights.numel()) / float(weights.sum())  # n is about w / d - 1/2
-    for _ in range(200):
+    m, total_weight = weights.numel(), float(weights.sum())
+    close = max(1024, m // 64)  # so few units are quickly given by sorting
+    best, below, above = low, 2**0.5 / float(weights.max()), float("inf")  # below, nobody has a second unit by weight
+    guess = max((budget + 0.5 * m) / total_weight, below)  # n is about w / d - 1/2
+    for step in range(200):
+        if budget - int(best.sum()) <= close:
+            break
         n = at(guess)
         total = int(n.sum())
         if total <= budget:
             best, below = n, guess
-            if budget - total <= 1024:
-                break
         else:
             above = guess
-        # sums are close to linear in 1/d, so a proportional step usually lands; bisection is the safeguard
-        step = guess * (budget + 0.5 * weights.numel()) / (total + 0.5 * weights.numel())
-        inside = below < step < above
-        guess = step if inside else (2 * below if above == float("inf") else 0.5 * (below + above))
+        # away from the bounds sums are close to linear in 1/d and a proportional step lands; near them halving does
+        near = guess * (budget + 0.5 * m) / (total + 0.5 * m)
+        guess = near if step % 2 == 0 and below < near < above else min(4 * below, (below * above) ** 0.5)
         if guess in (below, above):
             break
     n = best.clone()
     missing = budget - int(n.sum())
-    while missing > 0:  # ties at the threshold can leave more units than the heap should handle at once
+    while missing > 0:
         gains = torch.where(n < high, weights.square() / (n.double() * (n + 1)), -1.0)
         missing -= _finish(weights, n, high, gains, missing)
     return n
 
 
 def _finish(weights: Tensor, n: Tensor, high: Tensor, gains: Tensor, units: int) -> int:
-    """Give ``units`` more samples greedily, in place; whoever gets one is among the ``units`` largest next gains."""
+    """Give up to ``units`` more samples greedily, in place, and return how many; who gets one has a large next gain."""
     order = torch.argsort(gains, descending=True, stable=True)[:units]
+    order = order[gains[order] >= 0]
     n_next = n[order] + 1
     after = torch.where(n_next < high[order], weights[order].square() / (n_next.double() * (n_next + 1)), -1.0)
-    if len(order) == units and float(after.max()) < float(gains[order[-1]]) and float(gains[order[-1]]) >= 0:
-        n[order] = n_next  # nobody's second unit comes before somebody's first
-        return units
-    units = min(units, 65536)  # the heap is slow; the rest comes in the next round
+    first = int((gains[order] > after.max()).sum())  # of these, nobody's second unit comes before somebody's first
+    if first >= min(units, 1024):
+        n[order[:first]] = n_next[:first]
+        return first
+    units = min(units, 4096)  # the heap is slow; the rest comes in the next round
     order = order[:units]
-    heap = [(-gain, index) for gain, index in zip(gains[order].tolist(), order.tolist(), strict=True) if gain >= 0]
+    heap = [(-gain, index) for gain, index in zip(gains[order].tolist(), order.tolist(), strict=True)]
     heapq.heapify(heap)
     counts = {index: int(n[index]) for _, index in heap}
     squares = {index: float(weights[index]) ** 2 for index in counts}
+    limits = {index: int(high[index]) for index in counts}
     for _ in range(units):
         _, index = heapq.heappop(heap)
         counts[index] += 1
         count = counts[index]
-        if count < int(high[index]):
+        if count < limits[index]:
             heapq.heappush(heap, (-squares[index] / (count * (count + 1)), index))
     keys = torch.tensor(list(counts), dtype=torch.int64)
     n[keys] = torch.tensor(list(counts.values()), dtype=torch.int64)

@@ -81,6 +81,11 @@ class PromptAllocation:
         at_least = e_step.pilot_samples if e_step.pilot_mode == "reuse" else 0
         k = settings.prompts_per_iteration or m
         rule.even(k, settings.total(k), at_least=at_least)  # raises if the bounds do not admit the budget
+        if settings.total(k) == at_least * k:
+            raise ValueError(
+                f"pilot_mode='reuse' with pilot_samples={at_least} leaves nothing to allocate of the"
+                f" {settings.total(k)} samples for {k} prompts; use fewer pilots or 'discard'."
+            )
         self.loader, self.e_step, self.settings, self.who = loader, e_step, settings, who
         self.history = PromptHistory(m, settings.history_decay, e_step.moment)
         self.iteration = -1

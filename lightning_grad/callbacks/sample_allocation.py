@@ -150,7 +150,7 @@ class DynamicSampleAllocation(TensorBoardCharts):
             self.rule, estimator, advantage, pilot_mode, pilot_samples, grad_norm, moment,
             None if grad_norm_params is None else tuple(grad_norm_params), accept_threshold, max_weight_ratio,
         )  # fmt: skip
-        if budget is None and not self.supervised and pilot_mode == "reuse" and pilot_samples > samples_per_prompt:
+        if budget is None and not self.supervised and pilot_mode == "reuse" and pilot_samples >= samples_per_prompt:
             raise ValueError(
                 f"pilot_mode='reuse' with pilot_samples={pilot_samples} leaves nothing to allocate at"
                 f" samples_per_prompt={samples_per_prompt:g}; use fewer pilots or 'discard'."

@@ -103,6 +103,42 @@ def test_impossible_budgets_say_so():
         allocate(torch.ones(3), 9, min_samples=4, max_samples=2)
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-160, 1e160, 1e300])
+def test_the_size_of_the_weights_does_not_matter(size):
+    """Their squares overflow or vanish; and a weight beside which the others are nothing leaves them what they need."""
+    weights = torch.rand(30, generator=torch.Generator().manual_seed(3)).double() + 0.01
+    assert torch.equal(allocate(weights * size, 333, max_samples=20), allocate(weights, 333, max_samples=20))
+    assert allocate(torch.tensor([1.0, 1e-300, 1e-200], dtype=torch.float64) * size, 9).tolist() in (
+        [7, 1, 1],
+        [9, 0, 0],
+    )
+
+
+HARD = {
+    "just above one each": ({}, 200_005),
+    "nearly full": ({"max_samples": 16}, 16 * 200_000 - 7),
+    "ties": ({}, 1_660_001),
+}
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_hard_cases_are_greedy_and_quick(case, monkeypatch):
+    """Neither a bound that nearly all prompts have reached nor ties may send it through the whole search."""
+    rounds = []
+    where = torch.where
+    monkeypatch.setattr(torch, "maximum", lambda a, b: rounds.append(1) or where(a > b, a, b))
+    kwargs, budget = HARD[case]
+    weights = torch.exp(torch.randn(200_000, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+    weights = where(weights > 1, 2.0, 1.0) if case == "ties" else weights
+    n = allocate(weights, budget, **kwargs)
+    assert int(n.sum()) == budget
+    high = kwargs.get("max_samples", budget)
+    best_next = where(n < high, weights.square() / (n * (n + 1)), 0.0).max()
+    worst_last = where(n > 1, weights.square() / ((n - 1) * n), torch.inf).min()
+    assert float(best_next) <= float(worst_last) * (1 + 1e-12)
+    assert len(rounds) < 60, len(rounds)
+
+
 @pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
 def test_a_large_allocation_is_the_greedy_one(spread):
     """No unit can move to where it would do more good: the optimality condition of the greedy rule, at size."""

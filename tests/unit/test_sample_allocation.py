@@ -255,7 +255,7 @@ def test_batches_of_different_widths_are_joined():
 @pytest.mark.parametrize(
     ("kwargs", "text"),
     [
-        ({"pilot_samples": 9}, "leaves nothing to allocate at samples_per_prompt=8"),
+        ({"pilot_samples": 8}, "leaves nothing to allocate at samples_per_prompt=8"),
         ({"estimator": "horvitz_thompson"}, "biased with `pilot_mode='reuse'`"),
         ({"beta": 0.5}, "`beta` must be in"),
         ({"objective": "rewards"}, "`objective` must be one of"),
@@ -274,6 +274,8 @@ def test_refused_runs():
         fit(DigitsMLP(), data=plain)
     with pytest.raises(ValueError, match="budget 5 is smaller than 12 prompts x min_samples"):
         fit(budget=5, pilot_mode="history")
+    with pytest.raises(ValueError, match="pilot_samples=4 leaves nothing to allocate of the 48 samples for 12 prompts"):
+        fit(budget=48)
     with pytest.raises(ValueError, match=r"budget 96 exceeds 12 prompts x max_samples 7 = 84"):
         fit(max_samples=7)
     with pytest.raises(MisconfigurationException, match="reload_dataloaders_every_n_epochs=0"):
