@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -265,6 +266,21 @@ def test_extremes_of_a_known_spectrum():
     assert float(found.error_bounds()[-1]) < 1e-6
 
 
+def test_twenty_products_give_the_extreme_of_a_million_parameters_to_a_percent():
+    """The network of benchmarks/bench_curvature.py at the start, where convergence is slowest; float32."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 992), nn.ReLU(), nn.Linear(992, 992), nn.ReLU(), nn.Linear(992, 10))
+    x, y = torch.rand(64, 64), torch.randint(0, 10, (64,))
+    with HessianOperator(lambda: F.cross_entropy(net(x), y), list(net.parameters())) as hessian:
+        assert hessian.size > 1_000_000
+        few = float(lanczos(hessian, rademacher(hessian.size, 1), 20).ritz()[0][-1])
+        assert hessian.num_products == 20
+        run = lanczos(hessian, rademacher(hessian.size, 2), 45)
+    many = float(run.ritz()[0][-1])
+    assert float(run.error_bounds()[-1]) < 1e-4 * many  # so near to an eigenvalue
+    assert few == pytest.approx(many, rel=0.01)
+
+
 def test_quadrature_is_exact_for_low_moments():
     a = symmetric(60) / 10
     v = rademacher(60, 2, dtype=torch.float64)
@@ -373,7 +389,7 @@ def linear_problem():
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 6, 12])
 def test_the_limit_is_necessary(batch):
-    """The exact mean-square threshold of SGD on a linear problem, by enumeration, is below the limit."""
+    """The exact mean-square threshold of SGD on a linear problem, checked on all batches there are, is below it."""
     rows, h = linear_problem()
     n, d = rows.shape
     p = (n - batch) / (batch * (n - 1))
@@ -382,6 +398,11 @@ def test_the_limit_is_necessary(batch):
     each = sum(torch.kron(torch.outer(a, a), torch.outer(a, a)) for a in rows) / n
     second = (1 - p) * torch.kron(h, h) + p * each
     exact = 2 / float(torch.linalg.eigvals(torch.linalg.pinv(c) @ second).real.max())
+    hessians = torch.stack([(z := rows[list(b)]).T @ z / batch for b in itertools.combinations(range(n), batch)])
+    for lr, stable in ((0.99 * exact, True), (1.01 * exact, False)):  # mean of the square of a step, as a matrix
+        moves = eye - lr * hessians
+        moment = torch.einsum("bij,bkl->ikjl", moves, moves).reshape(d * d, d * d) / len(moves)
+        assert (float(torch.linalg.eigvals(moment).abs().max()) < 1.0) is stable
     limits = stability_limits(
         float(h.trace()), float((h**2).sum()), float(torch.linalg.eigvalsh(h)[-1]), batch, dataset_size=n
     )
