@@ -33,6 +33,12 @@ def te_recipe(recipe: NVFP4Recipe) -> Any:
     )
 
 
+def te_autocast(recipe: NVFP4Recipe) -> Any:
+    """Context in which Transformer Engine's modules run in NVFP4."""
+    te: Any = importlib.import_module("transformer_engine.pytorch")
+    return te.autocast(enabled=True, recipe=te_recipe(recipe))
+
+
 def _shadow(layer: NVFP4Linear, state: LayerState) -> tuple[Any, Any]:
     """A ``te.Linear`` on the layer's own tensors, and its recipe.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -22,7 +22,7 @@ from lightning_grad.nvfp4.format import BLOCK, ScaleRounding
 from lightning_grad.nvfp4.hadamard import SIGNS, check_signs
 from lightning_grad.nvfp4.linear import NVFP4Linear, Session
 from lightning_grad.nvfp4.recipe import MODES, Mode, NVFP4Recipe
-from lightning_grad.nvfp4.te_backend import ALIGNMENT
+from lightning_grad.nvfp4.te_backend import ALIGNMENT, te_autocast
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
 _UNSUPPORTED = ("DeepSpeed", "XLA")
@@ -73,7 +73,7 @@ class _NVFP4Plugin(Precision):
         self.report: dict[str, str] = {}
         self.layers: list[NVFP4Linear] = []
         self._device = torch.device("cpu")
-        self._loaded = self._said = False
+        self._loaded = self._said = self._has_te_modules = False
 
     @property
     def mode(self) -> Mode:
@@ -124,6 +124,7 @@ class _NVFP4Plugin(Precision):
         self._start_session(name, 0 if trainer is None else trainer.global_rank, sharded)
         self.layers = convert(selection, self.session)
         self.report = selection.report
+        self._has_te_modules = name == "transformer_engine" and bool(_te_modules(module))
         self._say(module, selection, why)
         return module
 
@@ -168,12 +169,17 @@ class _NVFP4Plugin(Precision):
             rank_zero_warn(f"{len(odd)} Linear layers stay in high precision because of their sizes: {first}.")
         if any(layer.weight.dtype != torch.float32 for layer in self.layers):
             rank_zero_warn("Converted layers have weights that are not FP32, so there are no FP32 master weights.")
-        foreign = [n for n, m in module.named_modules() if type(m).__module__.startswith("transformer_engine")]
+        foreign = _te_modules(module)
         if foreign and self.backend != "transformer_engine":
             rank_zero_warn(f"Transformer Engine modules ({foreign[0]}, …) stay in high precision on this backend.")
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Autocast to bf16 for everything that is not converted, if that is on."""
+        """Autocast for everything that is not converted, and the recipe for a model's own ``te`` modules."""
+        if self._has_te_modules and self.session.mode == "nvfp4":
+            return _within(te_autocast(self.session.recipe), self._autocast_context())
+        return self._autocast_context()
+
+    def _autocast_context(self) -> AbstractContextManager[Any]:
         if self.autocast == "bf16" or (self.autocast == "auto" and self._device.type == "cuda"):
             return torch.autocast(self._device.type, dtype=torch.bfloat16, cache_enabled=False)
         return nullcontext()
@@ -219,6 +225,17 @@ class _NVFP4Plugin(Precision):
         self.session.probe = None
         self._said = False
         super().teardown()
+
+
+def _te_modules(module: nn.Module) -> list[str]:
+    """Names of the Transformer Engine modules that a model has of its own."""
+    return [n for n, m in module.named_modules() if type(m).__module__.startswith("transformer_engine")]
+
+
+@contextmanager
+def _within(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def _trainer_of(module: nn.Module) -> Any:
@@ -277,6 +294,6 @@ class NVFP4FSDPPrecision(_NVFP4Plugin, FSDPPrecision):
     _base_arguments = {"precision": "bf16-mixed"}  # noqa: RUF012
     _may_cache = False
 
-    def forward_context(self) -> AbstractContextManager[Any]:
+    def _autocast_context(self) -> AbstractContextManager[Any]:
         """FSDP's mixed precision casts what is not converted."""
         return FSDPPrecision.forward_context(self)

@@ -202,3 +202,21 @@ def test_plugin_on_transformer_engine(te, gpu, monkeypatch):
     for arguments in ({"sr_scale": "up"}, {"hadamard_signs": [1] * 16}):
         with pytest.raises(RuntimeError, match="fixed sign vector"):
             NVFP4Precision(**arguments).convert_module(nn.Linear(64, 64))
+
+
+def test_a_models_own_te_modules_run_in_the_recipe(te, gpu, monkeypatch):
+    te()
+    monkeypatch.setattr("lightning_grad.precision.nvfp4.resolve", lambda *a: ("transformer_engine", "native."))
+    own = type("LayerNorm", (nn.LayerNorm,), {"__module__": "transformer_engine.pytorch.module.layernorm"})
+    plugin = NVFP4Precision(keep_last=0, stochastic_rounding=False)
+    plugin.convert_module(nn.Sequential(nn.Linear(64, 64), own(64)))
+    with plugin.forward_context():
+        assert FakeTE.recipe["disable_stochastic_rounding"]
+    assert FakeTE.recipe is None
+    plugin.set_mode("bf16")
+    with plugin.forward_context():
+        assert FakeTE.recipe is None
+    plain = NVFP4Precision(keep_last=0)
+    plain.convert_module(nn.Sequential(nn.Linear(64, 64)))
+    with plain.forward_context():
+        assert FakeTE.recipe is None, "converted layers bring their own"

@@ -23,7 +23,9 @@ def theirs(reference, x, tile, *, transposed=False, with_rht=False):
         columnwise=transposed,
         with_rht=with_rht,
     )
-    return quantizer, quantizer.quantize(x)
+    # processors with bf16 instructions flush denormals in oneDNN's bf16 product, which transforms the reference's input
+    with torch.backends.mkldnn.flags(enabled=False):
+        return quantizer, quantizer.quantize(x)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
 
 from lightning_grad import NVFP4FSDPPrecision, NVFP4Monitor, NVFP4Precision, NVFP4PrecisionSwitch, ResumableDataLoader
 from lightning_grad.demos import TinyGPT
@@ -232,6 +234,26 @@ def test_what_is_said(caplog):
 def test_nothing_to_convert():
     with pytest.raises(ValueError, match=r"converted no layer \(17 Linear layers found; first reasons: blocks.0"):
         fit(gpt(), plugin=NVFP4Precision(include=["nothing"]))
+
+
+@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "SingleDeviceXLAStrategy"])
+def test_strategies_that_shard_by_other_means_are_refused(name):
+    run = trainer(plugin=NVFP4Precision(), strategy=type(name, (SingleDeviceStrategy,), {})("cpu"))
+    with pytest.raises(NotImplementedError, match=name):
+        run.fit(gpt(), loader())
+
+
+def test_weights_of_a_tensor_parallel_group_are_refused():
+    class Mesh:
+        ndim, mesh_dim_names = 2, ("data_parallel", "tensor_parallel")
+
+    model = nn.Sequential(nn.Linear(16, 16))
+    weight = model[0].weight
+    weight.device_mesh, weight.placements = Mesh(), [Shard(0), Replicate()]
+    assert list(select(model, keep_last=0).layers) == ["0"], "data-parallel shards are gathered before the layer runs"
+    weight.placements = [Replicate(), Shard(1)]
+    with pytest.raises(NotImplementedError, match="0: its weight is sharded over the mesh dimension 'tensor_parallel'"):
+        select(model, keep_last=0)
 
 
 def test_fit_test_fit_with_one_trainer():
