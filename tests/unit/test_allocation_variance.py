@@ -16,24 +16,30 @@ PROMPTS, BUDGET = 64, 512
 
 @pytest.mark.slow
 def test_variance_of_the_full_gradient():
-    """One base model, 64 prompts, 8 pilots; 12 draws of the pilots; every draw counts for ``reward_baseline``."""
+    """One base model, 64 prompts, 8 pilots; 12 draws of the pilots; every draw counts for ``reward_baseline``.
+
+    Measured over processors and halves of the statistics: ``em`` 0.67 to 0.68, a draw varies by 0.016, so that its
+    limit is more than 10 standard errors away; ``reward_baseline`` 1.007 with 0.010, 4 standard deviations from 1.05,
+    which is 4e-4 for 12 draws if a change of numerics draws them anew. A base model with less training gains less
+    (0.81 with half the batch), so its 800 steps, most of the time here, stay.
+    """
     model = ArithmeticPolicy(base_steps=0)
     chain.train_base(model.policy, 800)
     model.eval()
     prompts = ArithmeticPrompts(PROMPTS, seed=3).loader.prompts
     tokens, answers = torch.stack([t for t, _ in prompts]), torch.tensor([a for _, a in prompts])
-    truth = gradient_statistics(model.policy, tokens, answers, samples=200, rejected=40)
+    truth = gradient_statistics(model.policy, tokens, answers, samples=100, rejected=20)
 
-    def ratios(objective, **kwargs):
+    def ratios(objective, draws=12, **kwargs):
         rule = AllocationRule(objective=objective, **kwargs)
-        return planned_ratios(truth, EStep(rule, pilot_mode="discard", pilot_samples=8), model, prompts, BUDGET, 12)
+        return planned_ratios(truth, EStep(rule, pilot_mode="discard", pilot_samples=8), model, prompts, BUDGET, draws)
 
-    em = ratios("em")  # measured 0.68, standard deviation of a draw 0.025
+    em = ratios("em")
     assert float(em.mean()) <= 0.75
     assert float(em.max()) <= 0.80
     for objective in ("reward", "reward_baseline"):  # measured: worst of 60 draws 1.017 and 1.013
         assert float(ratios(objective).max()) <= 1.05
-        assert float(ratios(objective, shrink=0.0).mean()) > 1.05  # what the default is there for
+        assert float(ratios(objective, draws=4, shrink=0.0).mean()) > 1.05  # measured 1.2; hence the default
         # the rule of em is wrong here, even with the true statistics
         plan = allocate(allocation_weights(truth.p, truth.norm2.sqrt()), BUDGET, min_samples=1)
         wrong = truth.variance(plan, objective) / truth.variance(torch.full_like(plan, 8), objective)
