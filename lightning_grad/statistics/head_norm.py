@@ -24,7 +24,8 @@ from lightning_grad._validate import check_choice, check_int
 HeadNormMethod = Literal["auto", "direct", "gram", "sketch", "token"]
 
 _DIRECT_LIMIT = 4_000_000  # elements of one sample's V x d gradient that "auto" is willing to form
-_CHUNK_BYTES = {"cpu": 4 * 2**20}  # small enough to stay in a cache; elsewhere:
+_TILE = 32  # columns of a Gram matrix that are computed at a time; as many rows would take longer
+_CHUNK_BYTES = {"cpu": 8 * 2**20}  # small enough to stay in a cache; elsewhere:
 _CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 
 
@@ -192,7 +193,7 @@ def _per_sample(
 ) -> Tensor:
     """Squared norms ``[n]``, or vectors ``[n, dim]`` if there is a sketch of ``hidden`` too."""
     n, length, _ = logits.shape
-    narrow, half = buffer.dtype, length // 2
+    narrow = buffer.dtype
     targets = targets[..., None]
     top = logits.amax(-1, keepdim=True).to(narrow)
     chosen = (logits.gather(-1, targets).to(hidden.dtype) - top).exp()
@@ -203,10 +204,10 @@ def _per_sample(
         others += value.sum(-1, keepdim=True)
         if method == "token":
             square += value.square().sum(-1, keepdim=True)
-        elif method == "gram":  # symmetric: one quarter is not computed
+        elif method == "gram":  # symmetric: the tiles above the diagonal are not computed
             v, g = (value[0], gram[0]) if n == 1 else (value, gram)  # a batch of one is slower than none
-            g[..., :half, :] += v[..., :half, :] @ v.mT
-            g[..., half:, half:] += v[..., half:, :] @ v[..., half:, :].mT
+            for i in range(0, length, _TILE):
+                g[..., i:, i : i + _TILE] += v[..., i:, :] @ v[..., i : i + _TILE, :].mT
         elif sketch is not None:
             sketch.add(buckets, value, start)
     total = others + chosen
@@ -214,7 +215,7 @@ def _per_sample(
         return (((others.square() + square) / total.square()) * mask).sum((1, 2))
     hidden = hidden / total
     if method == "gram":
-        gram[:, half:, :half] = gram[:, :half, half:].mT
+        gram = gram.tril() + gram.tril(-1).mT
         same = targets == targets.mT
         cross = logits.gather(-1, targets.mT.expand_as(gram)).to(hidden.dtype) - top
         cross = cross.exp_().masked_fill_(same, 0.0)
