@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_grad.data import ResumableDataLoader
@@ -83,6 +83,13 @@ class RandomStateCheckpoint(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.train_dataloader is not None:
+            plain = [x for x in CombinedLoader(trainer.train_dataloader).flattened if not hasattr(x, "state_dict")]
+            if plain:
+                rank_zero_info(
+                    f"RandomStateCheckpoint: {type(plain[0]).__name__} keeps no position, so resume is exact at"
+                    " the end of an epoch only. lightning_grad.ResumableDataLoader makes it exact at every step."
+                )
         self._restore_positions(trainer)
         self._restore_pending(trainer)
 

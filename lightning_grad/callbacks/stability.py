@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -182,6 +183,12 @@ class StabilityMonitor(_StepHook):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizer, and keep the weights to measure distances from."""
         super().on_train_start(trainer, pl_module)
+        optimizer = trainer.optimizers[0]
+        if not is_adam(optimizer) and not (is_sgd(optimizer) and _is_plain(optimizer)):
+            rank_zero_info(
+                f"StabilityMonitor: no limit of the learning rate is known for {type(optimizer).__name__} as it is set"
+                " up here; curvature is logged without one."
+            )
         weights = _weights(pl_module)
         if not self.distance_from_init or not trainer.loggers:
             self._initial = []

@@ -15,7 +15,7 @@ from lightning_grad.scaling._columns import Fit, budgets
 from lightning_grad.scaling.chinchilla import Chinchilla, fit_chinchilla
 from lightning_grad.scaling.isoflop import IsoflopParabola, fit_isoflop_parabola, parabola_vertex_shift
 from lightning_grad.scaling.overtraining import Overtraining, fit_downstream, fit_overtraining
-from lightning_grad.scaling.plots import draw, require_matplotlib
+from lightning_grad.scaling.plots import draw
 from lightning_grad.scaling.power_law import fit_power_law
 from lightning_grad.scaling.step_law import FINAL_LR, step_law
 from lightning_grad.scaling.table import needed, read_runs
@@ -121,8 +121,6 @@ def scaling(args: Sequence[str] | None = None) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    if not options.no_plot:
-        require_matplotlib()
     columns = read_runs(options.csv)
     xy = {"x", "y"} <= columns.keys() and not set(LAWS["chinchilla"]) <= columns.keys()
     law = options.law or ("power" if xy else "chinchilla")
@@ -144,8 +142,11 @@ def _fit(options: argparse.Namespace) -> int:
         print(f"doubt: {doubt}")
     if not options.no_plot:
         rows = {name: np.asarray(values) for name, values in columns.items()}
-        draw(found, rows).savefig(options.plot, dpi=120)
-        print(f"drawn: {options.plot}")
+        try:
+            draw(found, rows).savefig(options.plot, dpi=120)
+            print(f"drawn: {options.plot}")
+        except ModuleNotFoundError as error:
+            print(f"not drawn: {error}")
     return 0
 
 

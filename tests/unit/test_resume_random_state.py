@@ -125,3 +125,16 @@ def test_cuda_state_continues(tmp_path):
 
     _restore(state["ranks"][0], callback._device)
     assert torch.equal(torch.rand(5, device="cuda"), expected)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_loader_without_a_position_is_named(plain, tmp_path, caplog):
+    class Model(Draws):
+        def train_dataloader(self):
+            if plain:
+                return DataLoader(TensorDataset(torch.arange(10)), batch_size=3, shuffle=True)
+            return super().train_dataloader()
+
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        fit(Model(), tmp_path, steps=1)
+    assert ("DataLoader keeps no position" in caplog.text) == plain

@@ -128,7 +128,7 @@ def test_bad_words_are_one_line(capsys, tmp_path):
     assert "command" in one_line(capsys, "scaling")
 
 
-def test_matplotlib_is_asked_for_before_the_work(runs, capsys, monkeypatch):
+def test_without_matplotlib_there_is_the_table_and_a_note(runs, capsys, monkeypatch):
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -137,8 +137,10 @@ def test_matplotlib_is_asked_for_before_the_work(runs, capsys, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "lightning-grad[demo]" in one_line(capsys, "scaling", "fit", str(runs))
-    assert main(["scaling", "fit", str(runs), "--no-plot", "--bootstrap", "0"]) == 0
+    assert main(["scaling", "fit", str(runs), "--bootstrap", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "alpha" in out
+    assert 'not drawn: the plot needs matplotlib: pip install "lightning-grad[demo]"' in out
 
 
 def test_tokens_follow_from_compute(runs, capsys):

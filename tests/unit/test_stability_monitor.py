@@ -349,3 +349,11 @@ def test_csv_logger_takes_it(tmp_path):
     logger = CSVLogger(tmp_path)
     logger.log_metrics(memory.rows[0][1], 0)
     logger.save()
+
+
+@pytest.mark.parametrize(("nesterov", "said"), [(False, False), (True, True)])
+def test_an_optimizer_without_a_limit_is_named(nesterov, said, caplog):
+    model = Net(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=nesterov))
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        fit([StabilityMonitor(every_n_steps=5)], model, steps=1)
+    assert ("no limit of the learning rate is known for SGD" in caplog.text) == said
