@@ -49,6 +49,7 @@ class Gallery:
 
     def run(self, outcome: Outcome) -> None:
         outcome.folder.mkdir(parents=True, exist_ok=True)
+        (outcome.folder / "compare.png").unlink(missing_ok=True)  # of an earlier gallery
         outcome.status = "running"
         for command, arguments in self.commands(outcome).items():
             if self.stopped.is_set():
@@ -70,11 +71,11 @@ class Gallery:
                 break
         else:
             outcome.status = "passed"
-        del self.running[outcome.name]
+        self.running.pop(outcome.name, None)
         self.say(f"{outcome.name} {outcome.status} after {sum(outcome.seconds.values()):.0f} s")
 
     def say(self, text: str) -> None:
-        now = ", ".join(f"{name} ({command})" for name, command in self.running.items())
+        now = ", ".join(f"{name} ({command})" for name, command in list(self.running.items()))
         done = sum(outcome.status in ("passed", "failed") for outcome in self.outcomes)
         line = f"{time.perf_counter() - self.started:5.0f} s  {done}/{len(self.outcomes)} done"
         print(line + (f"  {text}" if text else "") + (f"; running: {now}" if now else ""), flush=True)

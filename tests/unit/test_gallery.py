@@ -12,7 +12,7 @@ import yaml
 pytest.importorskip("markdown")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FOLDER = EXAMPLES / "gallery"
-RUNNABLE = sorted(path.name for path in EXAMPLES.iterdir() if any(path.glob("co[nm][fp]*.[yp]*")))
+RUNNABLE = sorted({path.parent.name for name in ("config.yaml", "compare.py") for path in EXAMPLES.glob(f"*/{name}")})
 ENTRIES = yaml.safe_load((FOLDER / "entries.yaml").read_text(encoding="utf-8"))
 
 
@@ -72,6 +72,14 @@ def test_a_failure_is_reported_and_stops_nothing(gallery, examples, capsys):
     assert page.count("<img") == 1
     assert "src='good/compare.png'" in page
     assert (examples / "out" / "other" / "compare.log").read_text().split() == ["threads", "1"]
+
+
+def test_a_plot_of_an_earlier_run_is_not_shown(gallery, examples):
+    folder = examples / "out" / "bad"
+    folder.mkdir(parents=True)
+    (folder / "compare.png").write_bytes(b"x")
+    gallery.main(["--jobs", "1", "--out", str(examples / "out")])
+    assert "bad/compare.png" not in (examples / "out" / "index.html").read_text(encoding="utf-8")
 
 
 def test_only_names_that_exist(gallery):
