@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,9 +95,11 @@ def test_what_is_wrong_is_one_line_and_status_one(run, capsys):
     assert "steps          1" in shown.out
     assert "record 1 at byte offset" in shown.err
     torch.save({"a": 1}, folder / "x.ckpt")
+    torch.save({"a": Path("y")}, folder / "unsafe.ckpt")
     others = {
         "base.safetensors": "neither a journal nor a checkpoint",
         "x.ckpt": "neither a journal",
+        "unsafe.ckpt": "neither a journal",
         "no": "No such file",
     }
     for name, text in others.items():
