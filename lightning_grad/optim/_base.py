@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_grad.optim._buckets import Layout, Plan, Unit, make_plan
+from lightning_grad.optim._checkpoint import check_state_dict, placed
 from lightning_grad.optim._checks import SWITCH_DEFAULTS, Switches, check_group, check_params
 from lightning_grad.optim._executors import (
     Group,
@@ -145,10 +146,17 @@ class RuleOptimizer(Optimizer):
             state_dict: From :meth:`state_dict` of the same class.
 
         Raises:
-            KeyError: The state of a parameter lacks a key or has an unknown one.
+            KeyError: A group lacks a hyperparameter, or the state of a parameter a key, or it has an unknown one: the
+                state dict is another optimizer's. Switches that a group lacks have their defaults.
         """
         seen: list[dict[str, Any]] = []
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: self._check_keys(loaded, seen))
+
+        def check(_: Optimizer, loaded: dict[str, Any]) -> None:
+            hyperparameters = [name for name in self.defaults if name not in SWITCH_DEFAULTS]
+            check_state_dict(type(self).__name__, loaded, hyperparameters, self.state_names, self._is_shared)
+            seen.append(loaded)
+
+        handle = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -158,33 +166,7 @@ class RuleOptimizer(Optimizer):
         for saved_group, group in zip(seen[-1]["param_groups"], self.param_groups, strict=True):
             for key, param in zip(saved_group["params"], group["params"], strict=True):
                 for name, value in seen[-1]["state"].get(key, {}).items():
-                    if isinstance(value, Tensor):
-                        self.state[param][name] = self._place(name, value, param, group)
-
-    def _place(self, name: str, value: Tensor, param: Tensor, group: Group) -> Tensor:
-        if name == "step":
-            return value.to(device=param.device if group["capturable"] else "cpu", dtype=torch.float32, copy=True)
-        dtype = value.dtype
-        if not self._is_shared(name) and (dtype.is_floating_point or dtype.is_complex):
-            dtype = torch.float32 if group["state_dtype"] == "float32" else param.dtype
-            dtype = dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
-        return value.to(device=param.device, dtype=dtype, copy=True)
-
-    def _check_keys(self, loaded: dict[str, Any], seen: list[dict[str, Any]]) -> None:
-        name = type(self).__name__
-        for saved_group in loaded["param_groups"]:
-            wanted = {"step", *self.state_names({**self.defaults, **saved_group})}
-            for key in saved_group["params"]:
-                entry = loaded["state"].get(key)
-                if not entry or all(map(self._is_shared, entry)):
-                    continue
-                for missing in sorted(wanted - entry.keys()):
-                    raise KeyError(
-                        f"{name}: the state of parameter {key} has no `{missing}`; is it another optimizer's?"
-                    )
-                for extra in sorted(k for k in entry.keys() - wanted if not self._is_shared(k)):
-                    raise KeyError(f"{name}: the state of parameter {key} has an unknown `{extra}`")
-        seen.append(loaded)
+                    self.state[param][name] = placed(name, value, param, group, self._is_shared(name))
 
     shared_state: ClassVar[tuple[str, ...]] = ()  # scalars of the whole optimizer, kept with the first parameter
 

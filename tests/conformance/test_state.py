@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.conformance.common import (
     DTYPES,
     MODES,
     all_equal,
+    arguments,
     clones,
     every,
     every_mode,
@@ -200,3 +202,48 @@ def test_foreign_checkpoints_are_refused_by_key(case: Case) -> None:
         del saved["state"][1][key]
         with pytest.raises(KeyError, match=f"{case.cls.__name__}: .* parameter 1 has no `{key}`"):
             optimizer.load_state_dict(saved)
+
+
+TORCH = [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad]
+
+
+@cache
+def state_dict_of(cls: Any, **kwargs: Any) -> dict[str, Any]:
+    params = make_params(shapes=[(3, 4), (5,)])
+    optimizer = cls(params, **kwargs)
+    run(optimizer, params, range(1))
+    return optimizer.state_dict()
+
+
+@every
+def test_every_other_optimizer_is_refused(case: Case) -> None:
+    # AdamP and Adam, for example, have the same state: the hyperparameters tell them from each other
+    others = [(c.cls, kwargs) for c in CASES if c is not case for kwargs in c.kwargs] + [(t, {}) for t in TORCH]
+    for cls, kwargs in others:
+        optimizer = case.cls(make_params(shapes=[(3, 4), (5,)]), **case.kwargs[0])
+        with pytest.raises(KeyError, match=rf"{case.cls.__name__}: (parameter group 0|the state of parameter 0) has "):
+            optimizer.load_state_dict(state_dict_of(cls, **kwargs))
+        assert not optimizer.state
+
+
+@every
+def test_what_a_state_dict_may_lack_or_have_beside(case: Case) -> None:
+    a, b = make_params(), make_params()
+    first, second = case.cls(a, **case.kwargs[0]), case.cls(b, **case.kwargs[0])
+    run(first, a, range(2))
+    run(second, b, range(2))
+    saved = first.state_dict()
+    for group in saved["param_groups"]:
+        del group["stochastic_rounding"]  # a switch that came later
+        group["initial_lr"] = 1.0  # a scheduler's
+    second.load_state_dict(saved)
+    assert second.param_groups[0]["stochastic_rounding"] is False
+    assert second.param_groups[0]["initial_lr"] == 1.0
+    run(first, a, range(2, 4))
+    run(second, b, range(2, 4))
+    assert all_equal(a, b)
+    for name in (name for name in second.defaults if name in arguments(case)):
+        saved = first.state_dict()
+        del saved["param_groups"][0][name]
+        with pytest.raises(KeyError, match=f"{case.cls.__name__}: parameter group 0 has no `{name}`"):
+            second.load_state_dict(saved)

@@ -62,6 +62,21 @@ def apart_from_the_authors(cls: Any, kwargs: dict[str, Any]) -> float:
     return largest_difference(a, b)
 
 
+def apart_after_a_checkpoint_of_the_authors() -> float:
+    a, b = make_params(shapes=SHAPES), make_params(shapes=SHAPES)
+    theirs = importlib.import_module("adamp").AdamP(b, lr=1e-2, weight_decay=0.1, delta=0.5)
+    with torch.no_grad():
+        run(theirs, b, range(3))
+        for p, q in zip(a, b, strict=True):
+            p.copy_(q)
+    ours = AdamP(a)
+    ours.load_state_dict(theirs.state_dict())
+    run(ours, a, range(3, 6))
+    with torch.no_grad():
+        run(theirs, b, range(3, 6))
+    return largest_difference(a, b)
+
+
 @pytest.mark.skipif(not find_spec("pytorch_optimizer"), reason="pytorch-optimizer is not installed")
 @pytest.mark.parametrize(("cls", "kwargs", "ours", "theirs"), SETTINGS)
 def test_agrees_with_pytorch_optimizer(
@@ -87,3 +102,8 @@ def test_agrees_with_pytorch_optimizer(
 def test_agrees_with_the_authors_package(elsewhere: Executor, cls: Any, kwargs: dict[str, Any]) -> None:
     # 60 steps of about 20 roundings of numbers below 10
     assert elsewhere.submit(apart_from_the_authors, cls, {"lr": 1e-2, **kwargs}).result() <= 1e-12
+
+
+@pytest.mark.skipif(not find_spec("adamp"), reason="adamp is not installed")
+def test_goes_on_from_a_checkpoint_of_the_authors_package(elsewhere: Executor) -> None:
+    assert elsewhere.submit(apart_after_a_checkpoint_of_the_authors).result() <= 1e-12
