@@ -3,53 +3,56 @@
 Importing this package makes the bare class names below usable in LightningCLI YAML.
 """
 
-from lightning_grad.callbacks import (
-    CABS,
-    AdaptiveBatchSize,
-    AugmentedInnerProductTest,
-    BatchSizeLRScaler,
-    BindDataSize,
-    CoordinateNormTest,
-    DynamicSampleAllocation,
-    InnerProductTest,
-    IterateAveraging,
-    LanczosLearningRate,
-    LossNormalizedLR,
-    NoiseScale,
-    NormTest,
-    NVFP4Monitor,
-    NVFP4PrecisionSwitch,
-    OptimizerStats,
-    PosteriorSamples,
-    RandomStateCheckpoint,
-)
-from lightning_grad.callbacks.stability import SGDTemperatureMonitor, StabilityMonitor
-from lightning_grad.checkpoint_io import ChecksumCheckpointIO
-from lightning_grad.data import AdaptiveDataLoader, ResumableDataLoader, ResumableSampler
-from lightning_grad.optim import (
-    PSGLD,
-    SGDP,
-    SGHMC,
-    SGLD,
-    AdaGradNorm,
-    AdamP,
-    CooldownLR,
-    DiffGrad,
-    InverseSqrtLR,
-    LinearDecayLR,
-    NormalizedGD,
-    OptimisticAdam,
-    OptimisticFTRL,
-    OptimisticOMD,
-    SamplesLR,
-    StronglyConvexLR,
-)
-from lightning_grad.optim.groups import param_groups
-from lightning_grad.precision import NVFP4FSDPPrecision, NVFP4Precision
-from lightning_grad.sampling import CausalLMSamplingModule, JSONLPrompts, RolloutDataModule
-from lightning_grad.strategies import ElasticSPSAStrategy, SharedSeedSPSAStrategy
+from lightning_grad._command import answers_alone
 
 __version__ = "0.1.0.dev0"
+
+if not answers_alone():
+    from lightning_grad.callbacks import (
+        CABS,
+        AdaptiveBatchSize,
+        AugmentedInnerProductTest,
+        BatchSizeLRScaler,
+        BindDataSize,
+        CoordinateNormTest,
+        DynamicSampleAllocation,
+        InnerProductTest,
+        IterateAveraging,
+        LanczosLearningRate,
+        LossNormalizedLR,
+        NoiseScale,
+        NormTest,
+        NVFP4Monitor,
+        NVFP4PrecisionSwitch,
+        OptimizerStats,
+        PosteriorSamples,
+        RandomStateCheckpoint,
+    )
+    from lightning_grad.callbacks.stability import SGDTemperatureMonitor, StabilityMonitor
+    from lightning_grad.checkpoint_io import ChecksumCheckpointIO
+    from lightning_grad.data import AdaptiveDataLoader, ResumableDataLoader, ResumableSampler
+    from lightning_grad.optim import (
+        PSGLD,
+        SGDP,
+        SGHMC,
+        SGLD,
+        AdaGradNorm,
+        AdamP,
+        CooldownLR,
+        DiffGrad,
+        InverseSqrtLR,
+        LinearDecayLR,
+        NormalizedGD,
+        OptimisticAdam,
+        OptimisticFTRL,
+        OptimisticOMD,
+        SamplesLR,
+        StronglyConvexLR,
+    )
+    from lightning_grad.optim.groups import param_groups
+    from lightning_grad.precision import NVFP4FSDPPrecision, NVFP4Precision
+    from lightning_grad.sampling import CausalLMSamplingModule, JSONLPrompts, RolloutDataModule
+    from lightning_grad.strategies import ElasticSPSAStrategy, SharedSeedSPSAStrategy
 
 __all__ = [
     "CABS",

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import ast
 import difflib
+import dis
 import importlib
 import inspect
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.io import CheckpointIO
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 
 class ConfigError(ValueError):
@@ -46,23 +53,37 @@ _NOISE = (
 _NOT_A_SUBCLASS = "does not correspond to a subclass of"
 
 
-def one_line(message: str, known_keys: Iterable[str] = ()) -> str:
+def one_line(message: str, known_keys: Iterable[str] = (), config_file: str = "") -> str:
     """Reduce a parser's message to one line that names the key.
 
     Args:
         message: Text of the parser, possibly a tree of attempts over many lines.
         known_keys: Keys and options that exist, for "did you mean".
+        config_file: The config that was read last, if any.
     """
     unknown = re.search(r"does not accept option '([^']+)'|[Uu]nrecognized arguments: (?:--)?([^\s=]+)", message)
     if unknown:
         name = unknown[1] or unknown[2]
-        return f"`{name}` is not an option.{_did_you_mean(name, known_keys)}"
+        return f"`{name}` is not an option.{_misspelt_key(name, known_keys)}"
     if match := re.fullmatch(r"the following arguments are required: (?:\w+\.)?(\w+)", message):
         return f"`{match[1]}` is required: set it in a config (-c FILE)" + (
             "." if match[1] == "subcommand" else f" or with --{match[1]}."
         )
     if message.startswith("Problems parsing config"):
-        return "The config file is not valid YAML: " + _joined(message.partition(":")[2])
+        fault = message.partition(":")[2].replace('"<unicode string>"', repr(config_file))
+        tab = " A line is indented with a tab; YAML takes spaces only." if _has_tabs(config_file) else ""
+        return f"The config file is not valid YAML: {_joined(fault)}.{tab}"
+    if match := re.match(r'expected "subcommand" to be one of \{(.*)\}, but it was not provided', message):
+        names = match[1].replace(",", ", ")
+        return f"the command is missing: `lightning-grad fit -c {config_file or 'CONFIG'}`. There are {names}."
+    if match := re.match(r"(--\S+\.help): Expected a dot import path string: (\S+)", message):
+        return f"`{match[1]}`: no class named {match[2]!r} is known here.{_where_it_goes(match[2])}"
+    if match := re.search(r"invalid strategy name: `strategy='([^']+)'`", message):
+        named = [cls for cls in _with_subclasses([Strategy]) if cls.__name__.lower() == match[1]]
+        if named:  # Lightning builds a strategy from its name alone
+            name = named[0].__name__
+            see = f"--trainer.strategy.help={name}"
+            return f"{name} has arguments to set: add --trainer.strategy.ARGUMENT=VALUE, see {see}."
     if not re.search(r"Parser key|Does not validate against|Problem with given class_path", message):
         return _joined(message)
     findings = list(_findings(message))
@@ -76,7 +97,8 @@ def one_line(message: str, known_keys: Iterable[str] = ()) -> str:
         return _joined(message)
     expected = " or ".join(dict.fromkeys(_type_name(f.text) for f in wanted))
     given = re.search(r"(?:Given value|Got value): (.*)", message)
-    return f"{_quoted(wanted[0].key)}expected {expected}, got {given[1] if given else 'something else'!r}."
+    got = given[1] if given else "something else"
+    return f"{_quoted(wanted[0].key)}expected {expected}, got {got!r}.{_where_it_goes(got)}"
 
 
 def locate(error: BaseException, config: Mapping[str, Any]) -> str:
@@ -101,6 +123,19 @@ def locate(error: BaseException, config: Mapping[str, Any]) -> str:
         if owner.__name__ == "Trainer":
             return f"`trainer`: {text}"
     return text
+
+
+def raised_by_us(error: BaseException) -> bool:
+    """Whether a ``raise`` statement of this package made the error. Its text then says what to do.
+
+    An operation in our code that failed in torch or Python is no such error: it keeps its traceback.
+    """
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or not place.tb_frame.f_globals.get("__name__", "").startswith("lightning_grad."):
+        return False
+    return place.tb_frame.f_code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _findings(message: str) -> Iterator[_Finding]:
@@ -141,7 +176,8 @@ def _explain(finding: _Finding) -> str:
         return f"{_short(owner)} has no argument `{name}`.{hint}"
     if match := re.match(r"Expected a dot import path string: (.*)", text):
         names = sorted({cls.__name__ for cls in _subclasses(finding.subtypes)})
-        hint = _did_you_mean(match[1], names) or " Give the full import path, package.module.Class."
+        hint = _where_it_goes(match[1]) or _did_you_mean(match[1], names)
+        hint = hint or " Give the full import path, package.module.Class."
         return f"no class named {match[1]!r} is known.{hint}"
     if match := re.match(r"the following arguments are required: (.*)", text):
         return f"{_short(owner)} needs a value for {match[1]}."
@@ -172,7 +208,11 @@ def _parameters(cls: type) -> list[str]:
 
 def _subclasses(subtypes: str) -> Iterator[type]:
     """Classes that would have been accepted, from the base classes the parser lists."""
-    queue = _bases(subtypes)
+    return _with_subclasses(_bases(subtypes))
+
+
+def _with_subclasses(bases: Iterable[type]) -> Iterator[type]:
+    queue = list(bases)
     seen: set[type] = set()
     while queue:
         cls = queue.pop()
@@ -214,13 +254,42 @@ def _import(path: str) -> Any:
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    lowered = {part.lower(): part for option in known for part in (option, option.partition(".")[0])}
-    while name:
-        near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
-        if near:
-            return f" Did you mean `{lowered[near[0]]}`?"
-        name = name.rpartition(".")[0]  # `modle.class_path`: the misspelt part is `modle`
+    lowered = {option.lower(): option for option in known}
+    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
+    return f" Did you mean `{lowered[near[0]]}`?" if near else ""
+
+
+def _misspelt_key(name: str, known_keys: Iterable[str]) -> str:
+    """A hint for the first part of a dotted key that does not exist."""
+    paths = [key.split(".") for key in known_keys]
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        known = {".".join(path[:depth]) for path in paths if path[: depth - 1] == parts[: depth - 1]}
+        if ".".join(parts[:depth]) not in known:
+            return _did_you_mean(".".join(parts[:depth]), known)
     return ""
+
+
+def _where_it_goes(name: str) -> str:
+    """A hint for a class that exists but was given to the wrong key, and how to read about it."""
+    for base, key, kind in (
+        (Callback, "trainer.callbacks", "a callback"),
+        (Precision, "trainer.plugins", "a precision plugin"),
+        (CheckpointIO, "trainer.plugins", "a checkpoint plugin"),
+        (Strategy, "trainer.strategy", "a strategy"),
+        (Optimizer, "optimizer", "an optimizer"),
+        (LRScheduler, "lr_scheduler", "a learning-rate schedule"),
+    ):
+        if any(cls.__name__ == name for cls in _with_subclasses([base])):
+            return f" {name} is {kind}: --{key}={name}, and --{key}.help={name} for its arguments."
+    return ""
+
+
+def _has_tabs(path: str) -> bool:
+    try:
+        return re.search(r"^ *\t", Path(path).read_text(encoding="utf-8"), re.MULTILINE) is not None
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _type_name(text: str) -> str:

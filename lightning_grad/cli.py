@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import lightning
-import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,27 +18,15 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.optim import Optimizer
 
 import lightning_grad
-from lightning_grad._cli_errors import ConfigError, locate, one_line
+from lightning_grad._cli_errors import ConfigError, locate, one_line, raised_by_us
 from lightning_grad._cli_optimizers import Interval, OptimizerPlan
+from lightning_grad._command import PROG, SUMMARY, main, refuse, version_text
 from lightning_grad.callbacks import BindDataSize, RandomStateCheckpoint
 from lightning_grad.checkpoint_io import ChecksumCheckpointIO, checkpoint_fault
 from lightning_grad.optim.groups import OptimizerGroup
 
+__all__ = ["GradArgumentParser", "LightningGradCLI", "SaveConfig", "main"]
 
-class Tool(NamedTuple):
-    """A subcommand that is no Trainer run."""
-
-    target: str
-    """``module:function``, imported when the tool is called: ``function(arguments) -> exit status or None``."""
-    help: str
-
-
-TOOLS: dict[str, Tool] = {
-    "advise": Tool("lightning_grad.scaling.commands:advise", "learning rate and batch size for a model size"),
-    "scaling": Tool("lightning_grad.scaling.commands:scaling", "fits scaling laws to a table of runs"),
-    "spsa": Tool("lightning_grad.spsa.commands:main", "journals and stores of shared-seed SPSA runs"),
-}
-"""Tools by the name they have on the command line."""
 
 _BAD_INPUT = (ValueError, MisconfigurationException, ModuleNotFoundError, FileNotFoundError)
 
@@ -60,6 +43,7 @@ class GradArgumentParser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
         self.automatic: dict[str, dict[str, Any]] = {"optimizer": {}, "lr_scheduler": {}}
         self.family: list[GradArgumentParser] = [self]
+        self._config_file = ""
 
     def add_optimizer_args(
         self, optimizer_class: Any = (Optimizer,), nested_key: str = "optimizer", link_to: str = "AUTOMATIC"
@@ -80,12 +64,18 @@ class GradArgumentParser(LightningArgumentParser):
         if link_to == "AUTOMATIC":
             self.automatic["lr_scheduler"][nested_key] = lr_scheduler_class
 
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a config file and remember its name for :meth:`error`."""
+        self._config_file = str(cfg_path)
+        parsed: Namespace = super().parse_path(cfg_path, *args, **kwargs)
+        return parsed
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with status 2."""
         if not self.exit_on_error or _debugging():
             super().error(message, ex)
         known = [key for parser in self.family for key in parser.get_defaults().keys()]  # noqa: SIM118 nested keys
-        _exit(self.prog, one_line(message, known))
+        refuse(self.prog, one_line(message, known, self._config_file))
 
 
 class SaveConfig(_SaveConfigCallback):
@@ -115,7 +105,10 @@ class SaveConfig(_SaveConfigCallback):
 
 
 class _SetupErrors(Callback):
-    """Marks a ``MisconfigurationException`` raised before the first batch: bad input, not a crash."""
+    """Marks what was refused before the first batch as bad input, not a crash.
+
+    That is a ``MisconfigurationException``, and whatever a ``raise`` of this package made.
+    """
 
     def __init__(self) -> None:
         self.running = False
@@ -130,7 +123,7 @@ class _SetupErrors(Callback):
     on_sanity_check_end = _end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not self.running and isinstance(exception, MisconfigurationException):
+        if not self.running and (isinstance(exception, MisconfigurationException) or raised_by_us(exception)):
             exception.bad_input = True  # type: ignore[attr-defined]
 
 
@@ -278,7 +271,7 @@ class LightningGradCLI(LightningCLI):
         return section
 
     def _refuse(self, text: str) -> NoReturn:
-        _exit(self.parser.prog, text)
+        refuse(self.parser.prog, text)
 
 
 def _chosen(section: Namespace, offered: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -309,56 +302,14 @@ def _debugging() -> bool:
     return os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true"
 
 
-def _exit(prog: str, text: str) -> NoReturn:
-    print(f"{prog.split()[0]}: error: {' '.join(text.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def _run_tool(name: str, args: Sequence[str]) -> int:
-    module, _, function = TOOLS[name].target.partition(":")
-    return int(getattr(import_module(module), function)(list(args)) or 0)
-
-
-def _parser_kwargs() -> Mapping[str, Any]:
-    kwargs = {
-        "prog": "lightning-grad",
-        "description": "Train with research-frontier SGD methods: LightningCLI with the classes of lightning_grad.",
-        "version": f"{lightning_grad.__version__} (lightning {lightning.__version__}, torch {torch.__version__})",
-    }
-    if TOOLS:
-        kwargs["epilog"] = "tools: " + "; ".join(f"`{name}`: {tool.help}" for name, tool in sorted(TOOLS.items()))
-    return kwargs
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the command ``lightning-grad``.
-
-    Args:
-        args: Words of the command line; ``None`` takes those of the process.
-
-    Returns:
-        0. A mistake in the input raises ``SystemExit(2)`` after one line on stderr; a crash keeps its traceback.
-    """
-    words = list(sys.argv[1:] if args is None else args)
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # as `python -m` does, so that a model in this directory can be named
+def run_trainer_command(words: Sequence[str]) -> None:
+    """Run ``fit``, ``validate``, ``test`` or ``predict``; mistakes in the input are one line and exit status 2."""
     if any(word.startswith("--print_completion") for word in words):
-        if find_spec("shtab") is None:
-            _exit(
-                "lightning-grad", 'shell completion needs the package shtab: pip install "lightning-grad[completion]".'
-            )
         set_parsing_settings(add_print_completion_argument=True)
-    names = [*LightningGradCLI.subcommands(), *TOOLS]
-    if words and not words[0].startswith("-") and words[0] not in names:
-        near = difflib.get_close_matches(words[0], names, n=1)
-        hint = f"Did you mean `{near[0]}`?" if near else f"There are {', '.join(names)}."
-        _exit("lightning-grad", f"`{words[0]}` is no subcommand. {hint}")
+    about = {"prog": PROG, "description": SUMMARY, "version": version_text()}
     try:
-        if words and words[0] in TOOLS:
-            return _run_tool(words[0], words[1:])
-        LightningGradCLI(args=words, parser_kwargs=dict(_parser_kwargs()))
-    except (ConfigError, MisconfigurationException) as error:
+        LightningGradCLI(args=list(words), parser_kwargs=about)
+    except Exception as error:
         if _debugging() or not (isinstance(error, ConfigError) or hasattr(error, "bad_input")):
             raise
-        _exit("lightning-grad", one_line(str(error)))
-    return 0
+        refuse(PROG, one_line(str(error)))

@@ -252,8 +252,8 @@ class AdaptiveBatchSize(TensorBoardCharts):
         first = plan.batch_size
         if self.mode != "monitor" and self.controller.max_batch_size < first:
             raise ValueError(
-                f"`max_batch_size`={self.controller.max_batch_size} is below the initial batch of"
-                f" W*k*m={plan.world}*{plan.accumulate}*{plan.micro}={first}."
+                f"`max_batch_size` ({self.controller.max_batch_size}) is below the batch that the run starts with:"
+                f" {first} = {plan.world} processes * {plan.accumulate} accumulated * {plan.micro} of the loader."
             )
         if self.plans.max_micro is None:
             self.plans.max_micro = plan.micro

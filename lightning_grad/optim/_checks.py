@@ -64,9 +64,9 @@ def check_group(group: dict[str, Any]) -> None:
         elif name in _NON_NEGATIVE and value is not None:
             check_non_negative(name, value)
         elif name in _FRACTION_BELOW_ONE and not (_is_number(value) and 0.0 <= value < 1.0):
-            raise ValueError(f"{name} must lie in [0, 1), got {value}")
+            raise ValueError(f"{name} must lie in [0, 1), got {_shown(value)}")
         elif name in _FRACTION and not (_is_number(value) and 0.0 <= value <= 1.0):
-            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+            raise ValueError(f"{name} must lie in [0, 1], got {_shown(value)}")
         elif name in _BOOLEANS and not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
     if group["foreach"] not in (None, True, False):
@@ -92,7 +92,7 @@ def check_params(params: Any, owner: str) -> None:
 def check_non_negative(name: str, value: Any) -> None:
     """Raise unless ``value`` is a finite number >= 0."""
     if not _is_number(value) or math.isnan(value) or value < 0.0:
-        raise ValueError(f"{name} must be >= 0, got {value}")
+        raise ValueError(f"{name} must be >= 0, got {_shown(value)}")
     if value > _LARGEST:
         raise ValueError(f"{name} must be >= 0 and at most {_LARGEST:g}, got {value}")
 
@@ -110,7 +110,7 @@ def _check_lr(group: dict[str, Any]) -> None:
             return  # reading it would stop the device
         lr = lr.item()
     if not _is_number(lr) or not 0.0 <= lr < math.inf:
-        raise ValueError(f"lr must be >= 0 and finite, got {lr}")
+        raise ValueError(f"lr must be >= 0 and finite, got {_shown(lr)}")
     if lr > _LARGEST:
         raise ValueError(f"lr must be >= 0 and at most {_LARGEST:g}, got {lr}")
 
@@ -120,7 +120,12 @@ def _check_betas(betas: Any) -> None:
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
     for i, beta in enumerate(betas):
         if not (_is_number(beta) and 0.0 <= beta < 1.0):
-            raise ValueError(f"betas[{i}] must lie in [0, 1), got {beta}")
+            raise ValueError(f"betas[{i}] must lie in [0, 1), got {_shown(beta)}")
+
+
+def _shown(value: Any) -> str:
+    """The value, and its type where that is what is wrong with it."""
+    return str(value) if _is_number(value) else f"{value!r} (type {type(value).__name__}, not a number)"
 
 
 def _is_number(value: Any) -> bool:

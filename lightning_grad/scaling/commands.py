@@ -39,10 +39,17 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+_SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
 def _positive(text: str) -> float:
-    value = float(text)
+    unit = _SUFFIXES.get(text[-1:].upper())
+    try:
+        value = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        value = math.nan
     if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a positive number like 1.2e9 or 1.2B, got {text!r}")
     return value
 
 
@@ -53,17 +60,16 @@ def _count(text: str) -> int:
     return int(value)
 
 
-_positive.__name__, _count.__name__ = "number", "integer"  # argparse prints them
-
-
 def advise(args: Sequence[str] | None = None) -> int:
     """Print Step Law's learning rate and batch size, and a config fragment."""
     parser = _Parser(
         prog="lightning-grad advise",
         description="Step Law (arXiv:2503.04715): peak learning rate of AdamW and batch size for a language model.",
     )
-    parser.add_argument("--params", type=_positive, required=True, help="parameters without embeddings, e.g. 1.2e9")
-    parser.add_argument("--tokens", type=_positive, required=True, help="training tokens, e.g. 100e9")
+    parser.add_argument(
+        "--params", type=_positive, required=True, help="parameters without embeddings, e.g. 1.2B or 1.2e9"
+    )
+    parser.add_argument("--tokens", type=_positive, required=True, help="training tokens, e.g. 100B or 100e9")
     parser.add_argument("--seq-len", type=_count, default=2048, help="tokens per sequence (default 2048)")
     parser.add_argument(
         "--multiple-of", type=_count, default=1, help="round the batch to this many sequences: processes x micro-batch"

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from lightning_grad._validate import check_int, check_range
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PARAMS_RANGE = (2e8, 1.1e9)
 TOKENS_RANGE = (4e9, 1e11)
@@ -78,5 +80,7 @@ def count_non_embedding(model: nn.Module) -> int:
 
     An output layer of its own is counted; the law's :math:`N` has attention and feed-forward weights only.
     """
+    from torch import nn  # here, so that the commands start without torch
+
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     return sum(p.numel() for p in model.parameters() if id(p) not in tables)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -49,7 +50,8 @@ def read_runs(path: Path) -> dict[str, list[float]]:
                     _number(row[i] if i < len(row) else "", f"{path}, line {reader.line_num}", header[i])
                 )
     if not columns:
-        raise ValueError(f"{path}: no column has a known name ({', '.join(ALIASES)}) in its first line.")
+        found = ", ".join(repr(title.strip()) for title in header) or "nothing"
+        raise ValueError(f"{path}: no column has a known name; its first line has {found}. Known: {known_names()}.")
     for known, wanted in (("params", "tokens"), ("tokens", "params")):
         if {known, "compute"} <= columns.keys():
             pairs = list(zip(columns[known], columns["compute"], strict=True))
@@ -59,6 +61,11 @@ def read_runs(path: Path) -> dict[str, list[float]]:
         columns.setdefault("compute", [6.0 * n * d for n, d in pairs])
         columns.setdefault("ratio", [d / n if n else math.inf for n, d in pairs])
     return columns
+
+
+def known_names(columns: Iterable[str] = ALIASES) -> str:
+    """The names each column may have, for a reader."""
+    return "; ".join(" or ".join(ALIASES[name]) for name in columns)
 
 
 def _meaning(title: str) -> str | None:
@@ -83,8 +90,8 @@ def needed(columns: dict[str, list[float]], names: tuple[str, ...], law: str) ->
     """
     missing = [name for name in names if name not in columns]
     if missing:
-        others = ", ".join(columns)
         raise ValueError(
-            f"The law {law!r} needs the column {missing[0]}; the file has {others}. Names: docs of `scaling`."
+            f"The law {law!r} needs the columns {', '.join(names)}; {', '.join(missing)} missing. Known in the file:"
+            f" {', '.join(columns)}. A column may be called {known_names(missing)}."
         )
     return [columns[name] for name in names]

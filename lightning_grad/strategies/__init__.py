@@ -8,9 +8,11 @@ from lightning_grad.strategies.shared_seed_spsa import SharedSeedSPSAStrategy
 
 __all__ = ["ElasticSPSAStrategy", "SPSAConfigError", "SharedSeedSPSAStrategy"]
 
-if SharedSeedSPSAStrategy.strategy_name not in StrategyRegistry:
-    StrategyRegistry.register(
-        SharedSeedSPSAStrategy.strategy_name,
-        SharedSeedSPSAStrategy,
-        description="Forward passes only; one byte per direction; replicas bitwise equal.",
-    )
+# The class name too, in lower case: Lightning looks up here any string it is given as `strategy`, lowered.
+for _name in (SharedSeedSPSAStrategy.strategy_name, SharedSeedSPSAStrategy.__name__.lower()):
+    if _name not in StrategyRegistry:
+        StrategyRegistry.register(
+            _name,
+            SharedSeedSPSAStrategy,
+            description="Forward passes only; one byte per direction; replicas bitwise equal.",
+        )

@@ -62,7 +62,8 @@ nesterov = partial(torch.optim.SGD, lr=1e-2, momentum=0.9, nesterov=True)
 
 # Common arguments: values that every optimizer with such an argument refuses, and the text.
 REFUSED = {
-    "lr": [(v, f"lr must be >= 0 and finite, got {v}") for v in (-1.0, nan, inf, -inf)],
+    "lr": [(v, f"lr must be >= 0 and finite, got {v}") for v in (-1.0, nan, inf, -inf)]
+    + [("1e-3", "lr must be >= 0 and finite, got '1e-3' (type str, not a number)")],
     "betas": [
         ((1.0, 0.9), "betas[0] must lie in [0, 1), got 1.0"),
         ((0.9, 1.0), "betas[1] must lie in [0, 1), got 1.0"),

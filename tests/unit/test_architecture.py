@@ -43,6 +43,7 @@ LAYERS = {
     "cli": 3,
     "_cli_errors": 3,
     "_cli_optimizers": 3,
+    "_command": 3,
     "__init__": 3,
     "__main__": 3,
 }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 import yaml
@@ -16,9 +17,11 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_grad import ChecksumCheckpointIO, RandomStateCheckpoint
-from lightning_grad import cli as command
-from lightning_grad.cli import LightningGradCLI, Tool, main
+from lightning_grad import _command as command
+from lightning_grad._command import Tool
+from lightning_grad.cli import LightningGradCLI, main
 
+ROOT = Path(command.__file__).parents[1]
 HERE = "tests.cli_models."
 QUIET = [
     "--trainer.accelerator=cpu",
@@ -240,19 +243,57 @@ def test_exact_resume_is_on_and_not_doubled():
     assert type(cli.trainer.strategy.checkpoint_io) is TorchCheckpointIO
 
 
-def test_version(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--version"])
-    assert stop.value.code == 0
-    assert "lightning " in capsys.readouterr().out
+def test_version_and_help_name_everything(capsys):
+    assert main(["--version"]) == 0
+    version = capsys.readouterr().out
+    assert f"(lightning {lightning.__version__}, torch {torch.__version__})" in version
+    assert set(command.TRAINER_COMMANDS) == set(LightningGradCLI.subcommands())
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in (*command.TRAINER_COMMANDS, *command.TOOLS):
+        assert sum(line.startswith(f"  {name} ") for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "unloaded"),
+    [
+        (["--help"], {"numpy", "torch", "lightning"}),
+        (["advise", "--params", "1B", "--tokens", "20B"], {"torch", "lightning"}),
+        (["spsa", "--help"], {"lightning"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("script", [False, True], ids=["module", "script"])
+def test_what_needs_no_lightning_starts_without_it(tmp_path: Path, words: list[str], unloaded: set[str], script: bool):
+    (tmp_path / "lightning-grad").write_text("from lightning_grad._command import main\nraise SystemExit(main())\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, sys\natexit.register(lambda: print('loaded', *sys.modules, file=sys.stderr))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    start = ["lightning-grad"] if script else ["-m", "lightning_grad"]
+    done = subprocess.run(
+        [sys.executable, *start, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stderr.splitlines()[-1].split())
+    assert "lightning_grad._command" in loaded
+    assert not loaded & unloaded
+
+
+def test_a_program_that_only_resembles_the_command_gets_the_classes(monkeypatch):
+    for argv, orig in ((["advise.py"], []), (["-m", "advise"], ["python", "-m", "train", "advise"])):
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(sys, "orig_argv", orig)
+        assert not command.answers_alone()
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "lightning_grad", "advise"])
+    assert command.answers_alone()
 
 
 def test_tools_are_imported_when_called_and_shown_in_help(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setitem(command.TOOLS, "advise", Tool("my_tool:start", "say which learning rate to use"))
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("my_tool.py").write_text("def start(args):\n    print(args)\n    return 3\n")
-    with pytest.raises(SystemExit):
-        main(["--help"])
+    main(["--help"])
     assert "say which learning rate to use" in capsys.readouterr().out
     assert "my_tool" not in sys.modules
     assert main(["advise", "--params", "1e9"]) == 3
@@ -276,8 +317,7 @@ def test_shell_completion_knows_our_classes(capsys, tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_module_is_the_command_also_with_two_processes(tmp_path: Path):
-    root = str(Path(command.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     log = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs", "--trainer.logger.version=0"]
     words = ["fit", f"--model={HERE}LateTiny", *DATA, *SGD, *log, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
     assert main(words) == 0
@@ -299,7 +339,7 @@ def test_completion_without_its_package_says_what_to_install(monkeypatch, capsys
     assert 'pip install "lightning-grad[completion]"' in capsys.readouterr().err
 
 
-GUIDE = Path(command.__file__).parents[1] / "docs" / "guides" / "configure.md"
+GUIDE = ROOT / "docs" / "guides" / "configure.md"
 
 
 @pytest.mark.parametrize("number", range(len(re.findall("```yaml", GUIDE.read_text(encoding="utf-8")))))

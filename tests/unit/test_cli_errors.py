@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_grad._cli_errors import one_line
+from lightning_grad._cli_errors import one_line, raised_by_us
+from lightning_grad._validate import check_range
 from lightning_grad.cli import main
+from tests.cli_models import Tiny
 from tests.unit.test_cli import DATA, HERE, QUIET, SGD
 
 MODEL = [f"--model={HERE}Tiny"]
@@ -82,6 +84,22 @@ WORDS = [
     (["--no_decay=[norm]"], "`no_decay` needs an `optimizer` in the config"),
     # found when the run is set up
     ([*SGD, f"--trainer.callbacks={HERE}RefusesAtStart"], "RefusesAtStart needs a map-style dataset. Use another one."),
+    (
+        [*SGD, "--trainer.callbacks=AdaptiveBatchSize", "--trainer.callbacks.max_batch_size=2"],
+        "`max_batch_size` (2) is below the batch that the run starts with: 4 = 1 processes * 1 accumulated * 4 of the",
+    ),
+    # a class of another kind
+    (
+        ["--optimizer=AdaptiveBatchSize"],
+        "`optimizer`: no class named 'AdaptiveBatchSize' is known. AdaptiveBatchSize is",
+    ),
+    (
+        ["--optimizer.help", "AdaptiveBatchSize"],
+        "`--optimizer.help`: no class named 'AdaptiveBatchSize' is known here. AdaptiveBatchSize is a callback: "
+        "--trainer.callbacks=AdaptiveBatchSize, and --trainer.callbacks.help=AdaptiveBatchSize for its arguments.",
+    ),
+    (["--trainer.strategy=ElasticSPSAStrategy"], "`trainer`: ElasticSPSAStrategy has arguments to set: add --trainer."),
+    (["--trainer.precision=NVFP4Precision"], "`trainer.precision`: expected int or 'transformer-engine' or"),
 ]
 
 
@@ -94,7 +112,12 @@ CONFIGS = [
     ("trainer: {max_epoch: 3}", "`trainer.max_epoch` is not an option. Did you mean `trainer.max_epochs`?"),
     ("modle: {a: 1}", "`modle.a` is not an option. Did you mean `model`?"),
     ("fit: {seed_everything: 1}", "`fit.seed_everything` is not an option."),
+    (
+        "optimiser: {class_path: SGD, init_args: {lr: 1}}",
+        "`optimiser.init_args.lr` is not an option. Did you mean `opt",
+    ),
     ("trainer:\n  a: 1\n b: 2", "The config file is not valid YAML: "),
+    ("trainer:\n\ta: 1", "The config file is not valid YAML: while scanning for the next token found character that"),
     (
         "trainer: {callbacks: [{class_path: LearningRateMonitor}, "
         f"{{class_path: {HERE}Picky, init_args: {{b: 1}}}}]}}",
@@ -119,13 +142,20 @@ def test_configs(capsys, text: str, line: str):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["fut"], "`fut` is no subcommand. Did you mean `fit`?"),
+        (["fut"], "`fut` is no command. Did you mean `fit`?"),
+        (["spas"], "`spas` is no command. Did you mean `spsa`?"),
+        (["--optimizer=SGD", "fit"], "the command comes before its options: `lightning-grad fit --optimizer=SGD ...`."),
+        (
+            ["-c", f"{HERE}yaml"],
+            "the command is missing: `lightning-grad fit -c tests.cli_models.yaml`. There are fit,",
+        ),
         (["fit"], "`model` is required: set it in a config (-c FILE) or with --model."),
-        ([], 'expected "subcommand" to be one of {fit,validate,test,predict}'),
+        ([], "say what to do: fit, validate, test, predict, advise, scaling, spsa."),
         (["-c", "nowhere.yaml"], "`config`: File does not exist: "),
     ],
 )
 def test_the_first_words(capsys, words: list[str], line: str):
+    Path(f"{HERE}yaml").write_text("model: {class_path: Tiny}")
     assert refused(capsys, words).startswith(line)
 
 
@@ -133,6 +163,34 @@ def test_a_refused_optimizer_leaves_no_log_folder(capsys):
     words = [w for w in QUIET if "logger" not in w]
     refused(capsys, ["fit", *MODEL, *DATA, *words, "--optimizer=DiffGrad", "--optimizer.lr=-1"])
     assert list(Path(".").iterdir()) == []
+
+
+def test_a_broken_config_is_named_and_so_is_a_tab(capsys):
+    Path("good.yaml").write_text("trainer: {max_epochs: 1}")
+    Path("bad.yaml").write_text("trainer:\n\ta: 1")
+    line = refused(capsys, ["fit", *MODEL, "-c", "good.yaml", "-c", "bad.yaml"])
+    assert line.endswith("in 'bad.yaml', line 2, column 1. A line is indented with a tab; YAML takes spaces only.")
+
+
+def test_a_class_of_another_kind_is_said_where_it_belongs(capsys):
+    line = refused(capsys, ["fit", *MODEL, *DATA, *QUIET, "--trainer.precision=NVFP4Precision"])
+    assert "NVFP4Precision is a precision plugin: --trainer.plugins=NVFP4Precision" in line
+
+
+def test_a_crash_at_setup_keeps_its_traceback(monkeypatch):
+    def bug(*args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Tiny, "on_fit_start", bug)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["fit", *MODEL, *DATA, *QUIET, *SGD])
+
+
+@pytest.mark.parametrize(("low", "ours"), [(2.0, True), ("two", False)], ids=["refused", "failed"])
+def test_only_a_raise_of_ours_is_bad_input(low, ours: bool):
+    with pytest.raises(ValueError) as caught:
+        check_range("x", 1.0, low, 3.0)
+    assert raised_by_us(caught.value) == ours
 
 
 def test_a_crash_in_training_keeps_its_traceback():

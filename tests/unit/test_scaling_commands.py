@@ -43,7 +43,10 @@ def test_advise(capsys):
     assert fragment["trainer"]["max_steps"] == round(100e9 / (512 * 2048))
     assert fragment["lr_scheduler"]["init_args"]["eta_min"] == 1e-5
     assert main(["advise", "--params", "1e9", "--tokens", "2e10"]) == 0
-    assert "Extrapolation" not in capsys.readouterr().out
+    plain = capsys.readouterr().out
+    assert "Extrapolation" not in plain
+    assert main(["advise", "--params", "1B", "--tokens", "20000m"]) == 0
+    assert capsys.readouterr().out == plain
 
 
 def test_the_fragment_is_a_config(capsys, tmp_path, monkeypatch):
@@ -95,9 +98,13 @@ def test_power_law_and_downstream(tmp_path, capsys, monkeypatch):
         ("params,tokens,loss\n1,2,3\n4,x,6\n", [], "line 3: column tokens must be a positive number, got 'x'"),
         ("params,tokens,loss\n1,2,3\n", [], "at least 6 rows, got 1"),
         ("params,tokens,loss\n1,2\n", [], "line 2: column loss"),
-        ("params,loss\n1,2\n", [], "needs the column tokens; the file has params, loss"),
+        (
+            "params,loss\n1,2\n",
+            [],
+            "tokens missing. Known in the file: params, loss. A column may be called tokens or d or",
+        ),
         ("params,N,loss\n1,2,3\n", [], "two columns mean params"),
-        ("a,b\n1,2\n", [], "no column has a known name"),
+        ("a,b\n1,2\n", [], "its first line has 'a', 'b'. Known: params or n or parameters"),
         ("params,tokens,loss\n1,2,3\n", ["--law", "cubic"], "invalid choice: 'cubic'"),
         ("params,tokens,loss\n1,2,3\n", ["--bootstrap", "-1"], "at least 6 rows"),
     ],
@@ -122,7 +129,10 @@ def test_bad_words_are_one_line(capsys, tmp_path):
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
     assert "not a text file" in one_line(capsys, "scaling", "fit", str(tmp_path / "binary.csv"))
     assert "No such file" in one_line(capsys, "scaling", "fit", str(tmp_path / "nowhere.csv"))
-    assert "must be a positive number, got '-1'" in one_line(capsys, "advise", "--params=-1", "--tokens", "1")
+    assert "must be a positive number like 1.2e9 or 1.2B, got '-1'" in one_line(
+        capsys, "advise", "--params=-1", "--tokens", "1"
+    )
+    assert "got '1.2Q'" in one_line(capsys, "advise", "--params=1.2Q", "--tokens", "1")
     assert "--tokens" in one_line(capsys, "advise", "--params", "1e9")
     assert "positive integer" in one_line(capsys, "advise", "--params=1", "--tokens=1", "--seq-len=1.5")
     assert "command" in one_line(capsys, "scaling")

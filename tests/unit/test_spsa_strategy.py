@@ -25,6 +25,7 @@ from tests.spsa_lightning import Toy, digests, fit, trainer
 def test_the_name_is_registered_once():
     assert "spsa" in StrategyRegistry
     assert isinstance(trainer("spsa").strategy, SharedSeedSPSAStrategy)
+    assert isinstance(trainer("SharedSeedSPSAStrategy").strategy, SharedSeedSPSAStrategy)
     import importlib
 
     importlib.reload(lightning_grad.strategies)
