@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_grad.nvfp4 import format as fmt
+from lightning_grad.nvfp4.exact_products import exact_products
 from lightning_grad.nvfp4.format import BLOCK, NVFP4Tensor, ScaleRounding
 from lightning_grad.nvfp4.hadamard import transform_columns, transform_rows
 from lightning_grad.nvfp4.recipe import Draw, NVFP4Recipe, Operand, Packed, Transpose
@@ -235,7 +236,11 @@ class TorchBackend:
         """Product with the per-tensor scales applied in fp32."""
         left = a.values.t() if transpose == "tn" else a.values
         right = b.values.t() if transpose == "nt" else b.values
-        return finish(torch.mm(left, right), a, b, bias, out_dtype)
+        if torch.compiler.is_compiling():  # old versions trace no context managers
+            return finish(torch.mm(left, right), a, b, bias, out_dtype)
+        with exact_products():
+            product = torch.mm(left, right)
+        return finish(product, a, b, bias, out_dtype)
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:

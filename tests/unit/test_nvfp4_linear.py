@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_grad.nvfp4 import NVFP4Linear, NVFP4Recipe, dequantize, linear, quantize, rht
+from lightning_grad.nvfp4 import NVFP4Linear, NVFP4Recipe, dequantize, exact_products, linear, quantize, rht
 from lightning_grad.nvfp4.linear import Session
 
 M, K, N = 48, 64, 32
@@ -332,3 +332,18 @@ def test_modes():
     session.mode, session.eval_precision = "nvfp4", "high"
     assert not torch.equal(layer(x), plain)
     assert torch.equal(layer.eval()(x), plain)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch < 2.9 has no such setting")
+def test_the_precision_of_other_products_is_left_alone(monkeypatch):
+    """Two threads inside, one of which raises: the setting lasts until the last has left, then is the user's again."""
+    monkeypatch.setattr(exact_products, "TILES", True)
+    setting = torch.backends.mkldnn.matmul
+    default = setting.fp32_precision
+    for users in ("ieee", default):
+        setting.fp32_precision = users
+        with exact_products.exact_products():
+            with pytest.raises(ZeroDivisionError), exact_products.exact_products():
+                raise ZeroDivisionError
+            assert setting.fp32_precision == "bf16"
+        assert setting.fp32_precision == users
