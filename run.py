@@ -35,6 +35,13 @@ EXTRAS = {
     "gallery": {"demo", "docs", "minilm"},
     "test": {"demo", "docs", "hf", "minilm", "test", "triton"},
 }
+AFTER_THE_DEMO = """
+settings: {settings}; change a value and run the demo again. Documentation: python3 run.py docs
+
+Next, your own project. Measure first, which changes nothing: in the folder of your my_model.py,
+  {command} fit --model my_model.MyModel --data my_model.MyData --trainer.callbacks StabilityMonitor
+logs how near your learning rate is to its limit (TensorBoard, page Custom Scalars). The table in README.md says
+which method is for what. In an environment of your own: pip install -e {root}"""
 NETWORK_SIGNS = (
     "Failed to establish a new connection",
     "Temporary failure in name resolution",
@@ -246,7 +253,7 @@ def demo(options, rest):
     say("\nTraining a small GPT on the source text of Python's standard library, on one CPU core.")
     status = call(in_venv("python"), "-m", "lightning_grad", "fit", "-c", QUICKSTART, *rest)
     if not status:  # the run itself has printed the validation loss and how to open its curves
-        say(f"settings: {QUICKSTART}; change a value and run the demo again. Documentation: python3 run.py docs")
+        say(AFTER_THE_DEMO.format(settings=QUICKSTART, command=in_venv("lightning-grad"), root=ROOT))
     return status
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import json
 import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,33 @@ class Outcome:
     status: str = "not run"
     #: name of a command (fit, compare) -> seconds it took
     seconds: dict[str, float] = field(default_factory=dict)
+    #: when it was run; empty: by the gallery that writes the report
+    earlier: str = ""
 
     @property
     def name(self) -> str:
         return str(self.entry["example"])
+
+    @property
+    def said(self) -> str:
+        """Its status for a reader."""
+        return f"{self.status} on {self.earlier}" if self.earlier else self.status
+
+    def save(self, short: bool) -> None:
+        """Keep the outcome beside the logs, for the report of a later gallery that runs other examples only."""
+        kept = {"status": self.status, "seconds": self.seconds, "short": short, "day": f"{date.today()}"}
+        (self.folder / "outcome.json").write_text(json.dumps(kept), encoding="utf-8")
+
+    def load(self, short: bool) -> bool:
+        """Take the outcome of an earlier gallery of the same kind, short or not; False if there is none."""
+        try:
+            kept = json.loads((self.folder / "outcome.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        if kept["short"] != short:
+            return False
+        self.status, self.seconds, self.earlier = kept["status"], kept["seconds"], kept["day"]
+        return True
 
     def log(self, command: str) -> str:
         path = self.folder / f"{command}.log"
@@ -55,15 +80,17 @@ class Outcome:
 def write_report(outcomes: Sequence[Outcome], target: Path, seconds: float, short: bool) -> None:
     """Write the report of what has been run so far; examples that were not run are named as such."""
     failed = [outcome.name for outcome in outcomes if outcome.status == "failed"]
+    kept = sum(bool(outcome.earlier) for outcome in outcomes)
+    earlier = f" {kept} examples were run by an earlier gallery, on the day that is said." if kept else ""
     machine = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}"
     warning = (
         "<p class=failed>Short run: a few steps of each, to see that everything works. The numbers mean nothing.</p>"
     )
     body = [
         f"<h1>lightning-grad {lightning_grad.__version__}: gallery</h1>",
-        f"<p>{len(outcomes)} examples in {seconds / 60:.1f} minutes; {html.escape(machine)}, {platform.machine()}."
-        " Every number below was printed by this run; what the papers claim and what we found is said beside it."
-        "</p>",
+        f"<p>{len(outcomes) - kept} examples in {seconds / 60:.1f} minutes; {html.escape(machine)},"
+        f" {platform.machine()}.{earlier} Every number below was printed by the run; what the papers claim and what we"
+        " found is said beside it.</p>",
         warning if short else "",
         f"<p class=failed>Failed: {', '.join(failed)}.</p>" if failed else "",
         contents(outcomes),
@@ -77,7 +104,7 @@ def write_report(outcomes: Sequence[Outcome], target: Path, seconds: float, shor
 def contents(outcomes: Sequence[Outcome]) -> str:
     rows = [
         f"<tr><td><a href='#{o.name}'>{title(o)}</a><td>{html.escape(o.entry['plugin'])}"
-        f"<td class={o.status.replace(' ', '-')}>{o.status}<td>{sum(o.seconds.values()):.0f} s"
+        f"<td class={o.status.replace(' ', '-')}>{o.said}<td>{sum(o.seconds.values()):.0f} s"
         for o in outcomes
     ]
     return "<table><tr><th>example<th>plugin<th>run<th>time" + "".join(rows) + "</table>"
@@ -95,7 +122,7 @@ def section(outcome: Outcome) -> str:
     parts = [
         f"<h2 id='{outcome.name}'>{title(outcome)}</h2>",
         f"<p class=small>{html.escape(entry['plugin'])} · examples/{outcome.name} · <span"
-        f" class={outcome.status.replace(' ', '-')}>{outcome.status}</span>{' · ' + times if times else ''}</p>",
+        f" class={outcome.status.replace(' ', '-')}>{outcome.said}</span>{' · ' + times if times else ''}</p>",
         f"<div class=pair><div><b>The paper claims</b><p>{html.escape(entry['claim'])}<p class=small><a"
         f" href='{html.escape(paper['url'])}'>{html.escape(paper['title'])}</a></div>"
         f"<div><b>What we found</b><p>{html.escape(entry['here'])}</div></div>",

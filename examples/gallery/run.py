@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from lightning_grad.demos.summary import tensorboard_command
+
 sys.path.insert(0, str(Path(__file__).parent))
 from report import Outcome, write_report
 
@@ -49,7 +51,8 @@ class Gallery:
 
     def run(self, outcome: Outcome) -> None:
         outcome.folder.mkdir(parents=True, exist_ok=True)
-        (outcome.folder / "compare.png").unlink(missing_ok=True)  # of an earlier gallery
+        for left in ("compare.png", "outcome.json"):  # of an earlier gallery
+            (outcome.folder / left).unlink(missing_ok=True)
         outcome.status = "running"
         for command, arguments in self.commands(outcome).items():
             if self.stopped.is_set():
@@ -72,6 +75,7 @@ class Gallery:
         else:
             outcome.status = "passed"
         self.running.pop(outcome.name, None)
+        outcome.save(self.short)
         self.say(f"{outcome.name} {outcome.status} after {sum(outcome.seconds.values()):.0f} s")
 
     def say(self, text: str) -> None:
@@ -131,20 +135,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     out = options.out.resolve()
-    outcomes = [
-        Outcome(entry, (EXAMPLES / entry["example"] / "README.md").read_text(encoding="utf-8"), out / entry["example"])
-        for entry in entries(options.only)
-    ]
+    every = {
+        entry["example"]: Outcome(
+            entry, (EXAMPLES / entry["example"] / "README.md").read_text(encoding="utf-8"), out / entry["example"]
+        )
+        for entry in entries(None)
+    }
+    outcomes = [every[entry["example"]] for entry in entries(options.only)]
     work = sum(outcome.entry["seconds"] for outcome in outcomes) / 60 / options.jobs
     if not options.short:
         print(f"{len(outcomes)} examples, {options.jobs} at a time: about {work:.0f} minutes on a quiet machine")
     gallery = Gallery(outcomes, options.short)
     gallery.run_all(options.jobs)
     target = out / "index.html"
-    write_report(outcomes, target, time.perf_counter() - gallery.started, options.short)
+    shown = [outcome for outcome in every.values() if outcome in outcomes or outcome.load(options.short)]
+    write_report(shown, target, time.perf_counter() - gallery.started, options.short)
     bad = [outcome.name for outcome in outcomes if outcome.status != "passed"]
     print(f"\n{len(outcomes) - len(bad)} of {len(outcomes)} passed" + (f"; not: {', '.join(bad)}" if bad else ""))
-    print(f"report: {target}\ncurves: tensorboard --logdir {out}")
+    print(f"report: {target}\ncurves: {tensorboard_command()} --logdir {out}")
     return 1 if bad else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_grad._tensorboard import Charts, TensorBoardCharts
+from lightning_grad._validate import check_int
 from lightning_grad.demos.tiny_gpt import TinyGPT
 
 
@@ -22,14 +24,23 @@ class PrintSummary(TensorBoardCharts):
     Args:
         metric: Name of the logged value to print.
         references: Values of other runs to print under it, by what to call them, e.g. ``{"AdamW, same length": 2.1}``.
+        reference_steps: Optimizer steps of the runs behind ``references``, which are printed for a run of that length
+            only; 0: for any.
         prompt: Let a :class:`TinyGPT` continue this text by a few words; empty: do not.
 
     State: none.
     """
 
-    def __init__(self, metric: str = "val/loss", references: dict[str, float] | None = None, prompt: str = "") -> None:
+    def __init__(
+        self,
+        metric: str = "val/loss",
+        references: dict[str, float] | None = None,
+        reference_steps: int = 0,
+        prompt: str = "",
+    ) -> None:
         self.metric = metric
         self.references = references or {}
+        self.reference_steps = check_int("reference_steps", reference_steps, 0)
         self.prompt = prompt
         self._started = 0.0
 
@@ -51,30 +62,33 @@ class PrintSummary(TensorBoardCharts):
         seconds = time.perf_counter() - self._started
         value = trainer.callback_metrics.get(self.metric)
         lines = [(self.metric, "not logged: the run ended before a validation" if value is None else f"{value:.4f}")]
-        lines += [(name, f"{reference:.4f}") for name, reference in self.references.items()]
+        if self.reference_steps in (0, trainer.global_step):
+            lines += [(name, f"{reference:.4f}") for name, reference in self.references.items()]
         lines += [("trained", f"{trainer.global_step} steps in {seconds:.0f} s")]
         if self.prompt and isinstance(pl_module, TinyGPT):
             text = pl_module.generate(self.prompt.encode(), 100).decode(errors="replace")
             lines += [("it writes", repr(self.prompt + text)[1:-1])]
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path:
-            lines += [("checkpoint", _shorten(checkpoint.last_model_path))]
+            lines += [("checkpoint", _for_a_shell(checkpoint.last_model_path))]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                lines += [("open next", f"{_tensorboard()} --logdir {_shorten(logger.root_dir)}")]
+                lines += [("open next", f"{tensorboard_command()} --logdir {_for_a_shell(logger.root_dir)}")]
                 lines += [("", "then http://localhost:6006, pages Scalars and Custom Scalars")]
         width = max(len(name) for name, _ in lines)
         print("\n" + "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in lines), flush=True)
 
 
-def _tensorboard() -> str:
+def tensorboard_command() -> str:
     """The command as it can be typed here, also when the virtual environment is not activated."""
     if shutil.which("tensorboard"):
         return "tensorboard"
     beside = Path(sys.executable).with_name("tensorboard")
-    return _shorten(str(beside)) if beside.exists() else f"{_shorten(sys.executable)} -m tensorboard.main"
+    if beside.exists():
+        return _for_a_shell(str(beside))
+    return f"{_for_a_shell(sys.executable)} -m tensorboard.main"
 
 
-def _shorten(path: str) -> str:
-    relative = os.path.relpath(path)
-    return path if relative.startswith(os.pardir) else relative
+def _for_a_shell(path: str) -> str:
+    """The path as it can be pasted in any folder: the reader's shell need not stand where this process does."""
+    return shlex.quote(os.path.abspath(path))

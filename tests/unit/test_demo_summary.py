@@ -1,4 +1,5 @@
 import math
+import shlex
 
 import lightning.pytorch as pl
 import pytest
@@ -31,11 +32,11 @@ def fit(tmp_path, callbacks, max_steps=6, **kwargs):
 def test_the_summary_says_what_was_reached_and_what_to_open(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     callbacks = [
-        PrintSummary(references={"AdamW, same length": 1.5}, prompt="def "),
+        PrintSummary(references={"AdamW, same length": 1.5}, reference_steps=6, prompt="def "),
         ModelCheckpoint(every_n_train_steps=3, save_last=True),
         RichProgressBar(),
     ]
-    logger = TensorBoardLogger("runs", name="demo")
+    logger = TensorBoardLogger("runs", name="my demo")
     trainer = fit(tmp_path, callbacks, logger=logger, enable_checkpointing=True, enable_progress_bar=True)
     out = capsys.readouterr().out
     lines = {line[:20].strip(): line[20:] for line in out.splitlines()}
@@ -43,8 +44,9 @@ def test_the_summary_says_what_was_reached_and_what_to_open(tmp_path, monkeypatc
     assert lines["AdamW, same length"] == "1.5000"
     assert lines["trained"].startswith("6 steps in ")
     assert lines["it writes"].startswith("def ")
-    assert lines["checkpoint"] == "runs/demo/version_0/checkpoints/last.ckpt"
-    assert lines["open next"].endswith("tensorboard --logdir runs/demo")
+    checkpoint, opened = shlex.split(lines["checkpoint"]), shlex.split(lines["open next"])
+    assert checkpoint == [str(tmp_path / "runs/my demo/version_0/checkpoints/last.ckpt")]
+    assert opened[-2:] == ["--logdir", str(tmp_path / "runs/my demo")]
     assert out.rindex("val/loss") < out.rindex("open next")
     assert "6/" not in out[out.index("open next") :], "the progress bar was drawn again under the summary"
     accumulator = EventAccumulator(logger.log_dir).Reload()
@@ -52,10 +54,11 @@ def test_the_summary_says_what_was_reached_and_what_to_open(tmp_path, monkeypatc
 
 
 def test_a_run_without_validation_or_logger_still_has_a_summary(tmp_path, capsys):
-    fit(tmp_path, [PrintSummary()], max_steps=1, num_sanity_val_steps=0)
+    fit(tmp_path, [PrintSummary(references={"long run": 1.5}, reference_steps=2)], max_steps=1, num_sanity_val_steps=0)
     out = capsys.readouterr().out
     assert "not logged: the run ended before a validation" in out
     assert "open next" not in out
+    assert "long run" not in out, "the value of a run of another length says nothing"
 
 
 def test_recorded_curves_are_the_logged_values(tmp_path):

@@ -35,6 +35,13 @@ def test_the_examples_are_found():
     assert CONFIGS
 
 
+def test_the_index_names_every_example():
+    index = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    for readme in EXAMPLES.glob("*/README.md"):
+        assert f"({named(readme)}/README.md)" in index
+        assert "(../README.md)" in readme.read_text(encoding="utf-8"), f"{named(readme)} does not say how to call it"
+
+
 def test_the_command_is_read_from_a_readme():
     assert command_of("text\n```\nlightning-grad fit -c examples/a/config.yaml --x 1\n```\n") == ("fit", "a")
     assert command_of("lightning-grad fit -c other/config.yaml") is None

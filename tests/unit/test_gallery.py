@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,11 @@ def examples(gallery, tmp_path, monkeypatch):
     }
     monkeypatch.setattr(gallery, "EXAMPLES", tmp_path)
     monkeypatch.setattr(
-        gallery, "entries", lambda only: [{"example": name, "seconds": i, **rest} for i, name in enumerate(scripts)]
+        gallery,
+        "entries",
+        lambda only: [
+            {"example": name, "seconds": i, **rest} for i, name in enumerate(scripts) if name in (only or name)
+        ],
     )
     return tmp_path
 
@@ -72,6 +77,22 @@ def test_a_failure_is_reported_and_stops_nothing(gallery, examples, capsys):
     assert page.count("<img") == 1
     assert "src='good/compare.png'" in page
     assert (examples / "out" / "other" / "compare.log").read_text().split() == ["threads", "1"]
+
+
+def test_a_part_keeps_the_results_of_the_others(gallery, examples):
+    out = examples / "out"
+    report = ["--jobs", "1", "--out", str(out)]
+    gallery.main([*report, "--only", "good"])
+    (examples / "bad" / "compare.py").write_text("print('mended')")
+    assert gallery.main([*report, "--only", "bad"]) == 0
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "<td>2.5</td>" in page
+    assert "src='good/compare.png'" in page
+    assert page.count(f"passed on {date.today()}") == 2, "in the contents and in the section"
+    assert "mended" in page
+    assert "Title of other" not in page, "never run"
+    gallery.main([*report, "--only", "bad", "--short"])
+    assert "Title of good" not in (out / "index.html").read_text(encoding="utf-8"), "full length beside a few steps"
 
 
 def test_a_plot_of_an_earlier_run_is_not_shown(gallery, examples):

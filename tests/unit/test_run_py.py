@@ -135,6 +135,16 @@ def test_a_folder_that_is_no_environment_is_left_alone(run):
     assert Path(run.VENV, "thesis.tex").read_text() == "years of work"
 
 
+def test_the_demo_ends_with_a_next_step(run, installs, monkeypatch, capsys):
+    monkeypatch.setattr(run, "call", lambda *command: 0)
+    assert run.main(["demo"]) == 0
+    said = capsys.readouterr().out
+    assert f"{run.in_venv('lightning-grad')} fit --model my_model.MyModel" in said
+    monkeypatch.setattr(run, "call", lambda *command: 3)
+    assert run.main(["demo"]) == 3
+    assert "Next" not in capsys.readouterr().out
+
+
 def test_unknown_stage_and_unknown_benchmark(run, installs, capsys):
     assert run.main(["test", "--only", "lint,tpyes"]) == 2
     assert "--only takes lint, types, tests" in capsys.readouterr().err
