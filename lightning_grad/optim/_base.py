@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Unpack
 
@@ -12,7 +13,15 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_grad.optim._buckets import Layout, Plan, Unit, make_plan
 from lightning_grad.optim._checkpoint import check_state_dict, placed
-from lightning_grad.optim._checks import SWITCH_DEFAULTS, Switches, check_group, check_params
+from lightning_grad.optim._checks import (
+    NON_NEGATIVE,
+    SWITCH_DEFAULTS,
+    Allowed,
+    Switches,
+    check_equal,
+    check_group,
+    check_params,
+)
 from lightning_grad.optim._executors import (
     Group,
     Hyper,
@@ -47,6 +56,8 @@ class RuleOptimizer(Optimizer):
     kind: ClassVar[Kind] = "elementwise"
     noisy: ClassVar[bool] = False  # the rule finds standard normal numbers in ``s["noise"]`` if ``h["noisy"]``
     state_spec: ClassVar[Mapping[str, float | None]] = {}  # None: starts as the parameter's value
+    allowed: ClassVar[Allowed] = {"eps": NON_NEGATIVE, "weight_decay": NON_NEGATIVE}  # what base classes say holds too
+    by_group: ClassVar[tuple[str, ...] | None] = None  # hyperparameters that groups may differ in; None: all
     small: ClassVar[int] = 32768  # parameters with fewer elements share a bucket
     capacity: ClassVar[int] = 131072  # elements of a bucket
     block: ClassVar[Mapping[str, int]] = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements per call of the eager rule
@@ -106,7 +117,7 @@ class RuleOptimizer(Optimizer):
         return self.state_spec
 
     def check(self, group: Group) -> None:
-        """Raise ``ValueError`` for values of the group that the common checks do not know."""
+        """Raise ``ValueError`` for values of the group that :attr:`allowed` cannot tell."""
 
     def stats(self) -> dict[str, float | Tensor]:
         """Quantities worth logging, computed when asked."""
@@ -119,12 +130,20 @@ class RuleOptimizer(Optimizer):
 
         Args:
             param_group: ``{"params": ..., "lr": ..., ...}``, as for :class:`torch.optim.Optimizer`.
+
+        Raises:
+            ValueError: A value is out of range, or differs from that of another group and must not.
         """
         merged = {**self.defaults, **param_group}
-        check_group(merged)
+        check_group(merged, ChainMap(*(vars(cls).get("allowed", {}) for cls in type(self).__mro__)))
         self.check(merged)
+        if self.by_group is not None and self.param_groups:
+            check_equal(merged, self.param_groups[0], [n for n in self._hyperparameters() if n not in self.by_group])
         super().add_param_group(param_group)
         check_params(self.param_groups[-1]["params"], type(self).__name__)
+
+    def _hyperparameters(self) -> list[str]:
+        return [name for name in self.defaults if name not in SWITCH_DEFAULTS]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -152,8 +171,8 @@ class RuleOptimizer(Optimizer):
         seen: list[dict[str, Any]] = []
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
-            hyperparameters = [name for name in self.defaults if name not in SWITCH_DEFAULTS]
-            check_state_dict(type(self).__name__, loaded, hyperparameters, self.state_names, self._is_shared)
+            name = type(self).__name__
+            check_state_dict(name, loaded, self._hyperparameters(), self.state_names, self._is_shared)
             seen.append(loaded)
 
         handle = self.register_load_state_dict_pre_hook(check)

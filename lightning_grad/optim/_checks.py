@@ -3,20 +3,64 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
+from lightning_grad._validate import Brackets, check_choice
+
 # Above this the product of two hyperparameters can overflow float32.
 _LARGEST = 1e10
-_NON_NEGATIVE = {"eps", "weight_decay", "delta", "b0", "temperature", "lam", "v_init", "lipschitz", "smoothness"}
-_FRACTION_BELOW_ONE = {"momentum", "alpha"}
-_FRACTION = {"wd_ratio", "dampening"}
 _BOOLEANS = {
     "maximize", "compile", "capturable", "differentiable", "decay_1d", "stochastic_rounding",
     "decoupled_weight_decay", "nesterov", "project", "sphere",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a hyperparameter may be.
+
+    Args:
+        low: Lower end.
+        high: Upper end; ``None``: every number that cannot overflow.
+        brackets: Which ends belong to it: ``[`` and ``]`` do, ``(`` and ``)`` do not.
+        largest: Upper end where ``high`` is ``None``.
+        optional: ``None`` is allowed too.
+    """
+
+    low: float
+    high: float | None = None
+    brackets: Brackets = "[]"
+    largest: float = _LARGEST
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ``ValueError`` unless ``value`` is one of them."""
+        if value is None and self.optional:
+            return
+        high = self.largest if self.high is None else self.high
+        number = _is_number(value)
+        above = number and (value >= self.low if self.brackets[0] == "[" else value > self.low)
+        below = number and (value <= high if self.brackets[1] == "]" else value < high)
+        if above and below:
+            return
+        allowed = f"be {'>=' if self.brackets[0] == '[' else '>'} {self.low:g}"
+        if self.high is not None:
+            allowed = f"lie in {self.brackets[0]}{self.low:g}, {self.high:g}{self.brackets[1]}"
+        elif above:
+            allowed += f" and at most {self.largest:g}"
+        raise ValueError(f"{name} must {allowed}, got {_shown(value)}")
+
+
+NON_NEGATIVE = Range(0.0)
+FRACTION = Range(0.0, 1.0)
+BELOW_ONE = Range(0.0, 1.0, "[)")
+Allowed = Mapping[str, Range | tuple[str, ...]]
+"""Hyperparameter -> the numbers, or the words, that it may be."""
 
 
 class Switches(TypedDict, total=False):
@@ -55,18 +99,17 @@ SWITCH_DEFAULTS: Switches = {
 }
 
 
-def check_group(group: dict[str, Any]) -> None:
+def check_group(group: dict[str, Any], allowed: Allowed) -> None:
     """Raise ``ValueError`` for the first value of the group that is out of range."""
     _check_lr(group)
     for name, value in group.items():
+        known = allowed.get(name)
         if name == "betas":
             _check_betas(value)
-        elif name in _NON_NEGATIVE and value is not None:
-            check_non_negative(name, value)
-        elif name in _FRACTION_BELOW_ONE and not (_is_number(value) and 0.0 <= value < 1.0):
-            raise ValueError(f"{name} must lie in [0, 1), got {_shown(value)}")
-        elif name in _FRACTION and not (_is_number(value) and 0.0 <= value <= 1.0):
-            raise ValueError(f"{name} must lie in [0, 1], got {_shown(value)}")
+        elif isinstance(known, Range):
+            known.check(name, value)
+        elif known is not None:
+            check_choice(name, value, known)
         elif name in _BOOLEANS and not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
     if group["foreach"] not in (None, True, False):
@@ -79,6 +122,13 @@ def check_group(group: dict[str, Any]) -> None:
                 raise ValueError(f"differentiable cannot be combined with {other}")
 
 
+def check_equal(group: dict[str, Any], first: dict[str, Any], names: Iterable[str]) -> None:
+    """Raise ``ValueError`` for the first of the names whose value is not that of the first group."""
+    for name in names:
+        if group[name] != first[name]:
+            raise ValueError(f"{name} must be the same in all parameter groups, got {first[name]} and {group[name]}")
+
+
 def check_params(params: Any, owner: str) -> None:
     """Refuse parameters that are shards of a larger tensor."""
     for param in [params] if isinstance(params, Tensor) else params:
@@ -87,14 +137,6 @@ def check_params(params: Any, owner: str) -> None:
                 f"{owner} does not support DTensor parameters (FSDP2, tensor parallelism);"
                 " use DDP, or an optimizer of torch.optim for these parameters"
             )
-
-
-def check_non_negative(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a finite number >= 0."""
-    if not _is_number(value) or math.isnan(value) or value < 0.0:
-        raise ValueError(f"{name} must be >= 0, got {_shown(value)}")
-    if value > _LARGEST:
-        raise ValueError(f"{name} must be >= 0 and at most {_LARGEST:g}, got {value}")
 
 
 def _check_lr(group: dict[str, Any]) -> None:
@@ -111,16 +153,14 @@ def _check_lr(group: dict[str, Any]) -> None:
         lr = lr.item()
     if not _is_number(lr) or not 0.0 <= lr < math.inf:
         raise ValueError(f"lr must be >= 0 and finite, got {_shown(lr)}")
-    if lr > _LARGEST:
-        raise ValueError(f"lr must be >= 0 and at most {_LARGEST:g}, got {lr}")
+    NON_NEGATIVE.check("lr", lr)
 
 
 def _check_betas(betas: Any) -> None:
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
     for i, beta in enumerate(betas):
-        if not (_is_number(beta) and 0.0 <= beta < 1.0):
-            raise ValueError(f"betas[{i}] must lie in [0, 1), got {_shown(beta)}")
+        BELOW_ONE.check(f"betas[{i}]", beta)
 
 
 def _shown(value: Any) -> str:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import override
 
 
 class ClosedFormLR(LRScheduler):
     """Base: ``get_lr`` depends on the schedule's own position and not on the present learning rates."""
+
+    _settings: ClassVar[tuple[str, ...]] = ()
+    """Attributes that a checkpoint does not bring back, so that a run can be resumed with a longer horizon."""
+
+    def _ready(self) -> bool:
+        """Whether everything the learning rates depend on is known."""
+        return True
 
     def _write(self) -> None:
         """Set the learning rates of the present position."""
@@ -19,3 +27,14 @@ class ClosedFormLR(LRScheduler):
             else:
                 group["lr"] = lr
         self._last_lr: list[Any] = [group["lr"] for group in self.optimizer.param_groups]
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the position and set its learning rates; the settings stay those of the constructor.
+
+        Args:
+            state_dict: From ``state_dict()`` of the same class.
+        """
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in self._settings})
+        if self._ready():
+            self._write()

@@ -7,7 +7,7 @@ row (or along the whole weight) is removed, and the weight decay multiplied by `
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_grad.optim._base import RuleOptimizer
 from lightning_grad.optim._buckets import Unit
+from lightning_grad.optim._checks import FRACTION, NON_NEGATIVE
 from lightning_grad.optim._executors import Group, Hyper, Rule, State, blocks, run_compiled, run_in_place, signed, write
 from lightning_grad.optim._math import Buffer, Pool, axpy
 
@@ -36,6 +37,7 @@ class ProjectedOptimizer(RuleOptimizer):
     """
 
     kind = "rowwise"
+    allowed: ClassVar = {"delta": NON_NEGATIVE, "wd_ratio": FRACTION}
 
     @staticmethod
     def advance(g: Any, s: State, h: Hyper) -> State:

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_grad._validate import check_choice
 from lightning_grad.optim._base import RuleOptimizer
-from lightning_grad.optim._checks import Switches
+from lightning_grad.optim._checks import NON_NEGATIVE, Switches
 from lightning_grad.optim._executors import Group, Hyper, State
 from lightning_grad.optim._math import axpy, ratio
 
@@ -27,14 +26,14 @@ class AdaGradNorm(RuleOptimizer):
     Args:
         params: Parameters or parameter groups, as for :class:`torch.optim.Optimizer`.
         lr: Step size :math:`\eta`, >= 0; the first step has length at most ``lr``.
-        b0: Initial :math:`b`, >= 0.
+        b0: Initial :math:`b`, >= 0; for ``scope="global"`` that of the first parameter group.
         weight_decay: Decoupled decay :math:`\lambda`, >= 0; multiplied by ``lr``, not divided by :math:`b`.
         scope: ``"global"``: one :math:`b` for all parameter groups; ``"group"``: one for each group.
         **switches: ``maximize``, ``foreach``, ``compile``, ``capturable``, ``differentiable``, ``decay_1d``,
             ``state_dtype``, ``stochastic_rounding``.
 
     Raises:
-        ValueError: A hyperparameter is out of range.
+        ValueError: A hyperparameter is out of range, or ``scope`` is not the same in all parameter groups.
 
     State: one 0-dim ``sum_sq`` = :math:`b^2`, with the first parameter (of each group, for ``scope="group"``).
 
@@ -43,6 +42,8 @@ class AdaGradNorm(RuleOptimizer):
 
     kind = "global"
     shared_state: ClassVar = ("sum_sq",)
+    by_group: ClassVar = ("lr", "b0", "weight_decay")
+    allowed: ClassVar = {"b0": NON_NEGATIVE, "scope": ("global", "group")}
 
     def __init__(
         self,
@@ -54,10 +55,6 @@ class AdaGradNorm(RuleOptimizer):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(params, {"lr": lr, "b0": b0, "weight_decay": weight_decay, "scope": scope}, **switches)
-
-    @override
-    def check(self, group: Group) -> None:
-        check_choice("scope", group["scope"], ("global", "group"))
 
     @override
     def hyper(self, group: Group, step: Any) -> Hyper:

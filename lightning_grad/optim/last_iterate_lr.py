@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -24,11 +24,10 @@ from lightning_grad.optim._closed_form_lr import ClosedFormLR
 
 
 class _StepLR(ClosedFormLR):
-    """A factor on the base learning rate at step ``t``; a checkpoint brings back the position, not the settings."""
+    """A factor on the base learning rate at step ``t``."""
 
     interval: ClassVar[str] = "step"
     """What ``step()`` counts; the command ``lightning-grad`` steps the schedule accordingly."""
-    _settings: ClassVar[tuple[str, ...]] = ("total", "warmup", "final")
     total: int | None
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -60,10 +59,6 @@ class _StepLR(ClosedFormLR):
         factor = self.factor(self.last_epoch)
         return [lr * factor for lr in self.base_lrs]
 
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict({k: v for k, v in state_dict.items() if k not in self._settings})
-
 
 class LinearDecayLR(_StepLR):
     r"""Linear decay to ``final`` at step ``total``: the optimal rate for the last iterate when the horizon is known.
@@ -89,7 +84,7 @@ class LinearDecayLR(_StepLR):
     State: the step. ``total`` and the other settings are the constructor's, so that a longer run can be resumed.
     """
 
-    _settings = ("total", "warmup", "final", "offset")
+    _settings = ("total", "warmup", "final", "offset", "_warned")
 
     def __init__(
         self, optimizer: Optimizer, total: int | None = None, warmup: int = 0, final: float = 0.0, offset: int = 0
@@ -102,20 +97,24 @@ class LinearDecayLR(_StepLR):
         super().__init__(optimizer)
 
     @override
+    def _ready(self) -> bool:
+        return self.total is not None
+
+    @override
     def _check_total(self, total: int) -> None:
         check_int("total", total, 1)
         check_int("warmup", self.warmup, 0, total - 1)
 
     @override
     def factor(self, step: int) -> float:
+        if self.total is None and step > 0:
+            raise RuntimeError(
+                f"{type(self).__name__} does not know its horizon: give `total`, e.g."
+                " int(self.trainer.estimated_stepping_batches) in configure_optimizers."
+            )
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
-        if self.total is None:
-            if step > 0:
-                raise RuntimeError(
-                    f"{type(self).__name__} does not know its horizon: give `total`, e.g."
-                    " int(self.trainer.estimated_stepping_batches) in configure_optimizers."
-                )
+        if self.total is None:  # the constructor's call; :meth:`resolve` sets the first learning rate
             return 1.0
         n, s = self.total - self.warmup, step - self.warmup
         left = (n - s) / (n + self.offset)  # 1 - (s + 1)/(n + 1) = (n - s)/(n + 1)
@@ -137,6 +136,8 @@ class InverseSqrtLR(_StepLR):
 
     State: the step.
     """
+
+    _settings = ("total", "warmup")
 
     def __init__(self, optimizer: Optimizer, warmup: int = 0) -> None:
         self.total, self.warmup = None, check_int("warmup", warmup, 0)
@@ -169,7 +170,7 @@ class StronglyConvexLR(_StepLR):
     State: the step.
     """
 
-    _settings = ("mu", "shift")
+    _settings = ("total", "mu", "shift")
 
     def __init__(self, optimizer: Optimizer, mu: float, shift: float = 2.0) -> None:
         self.total = None
@@ -208,7 +209,7 @@ class CooldownLR(_StepLR):
     State: the step, and a cooldown that was started by hand.
     """
 
-    _settings = ("total", "cooldown_fraction", "shape", "final")
+    _settings = ("total", "cooldown_fraction", "shape", "final", "_warned")
 
     def __init__(
         self,
@@ -222,19 +223,28 @@ class CooldownLR(_StepLR):
         self.cooldown_fraction = check_range("cooldown_fraction", cooldown_fraction, 0.0, 1.0, "(]")
         self.shape = check_choice("shape", shape, ("linear", "1-sqrt"))
         self.final = check_range("final", final, 0.0, 1.0)
-        self._started: list[int] | None = None
+        self._started: tuple[int, int, float] | None = None  # begin, end, and the factor at the beginning
         super().__init__(optimizer)
 
     def start_cooldown(self, length: int) -> None:
-        """Decay over the next ``length`` steps, whatever ``total`` says; the coming step is the first of them."""
-        self._started = [self.last_epoch, self.last_epoch + check_int("length", length, 1)]
-        self._write()
+        """Decay from the present rate over the next ``length`` steps, of which the coming one is the first.
+
+        ``total`` no longer counts, nor does a cooldown that has begun.
+
+        Args:
+            length: Steps until the factor is ``final``, >= 1.
+
+        Raises:
+            ValueError: ``length`` is out of range.
+        """
+        end = self.last_epoch + check_int("length", length, 1)
+        self._started = (self.last_epoch, end, self.factor(self.last_epoch))
 
     @property
     def cooldown(self) -> tuple[int, int] | None:
         """First step of the cooldown and the end of the run; ``None`` while neither is known."""
         if self._started is not None:
-            return self._started[0], self._started[1]
+            return self._started[:2]
         if self.total is None:
             return None
         return self.total - max(1, round(self.cooldown_fraction * self.total)), self.total
@@ -250,6 +260,7 @@ class CooldownLR(_StepLR):
         if self.cooldown is None or step < self.cooldown[0]:
             return 1.0
         begin, end = self.cooldown
+        top = 1.0 if self._started is None else self._started[2]
         done = min(1.0, (step - begin) / (end - begin))
         left = 1.0 - (done if self.shape == "linear" else math.sqrt(done))
-        return self.final + (1.0 - self.final) * left
+        return self.final + (top - self.final) * left

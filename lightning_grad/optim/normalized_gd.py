@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_grad._validate import check_choice
 from lightning_grad.optim._base import Kind, RuleOptimizer
 from lightning_grad.optim._checks import Switches
 from lightning_grad.optim._executors import Group, Hyper, State
@@ -43,6 +42,7 @@ class NormalizedGD(RuleOptimizer):
     """
 
     kind = "global"
+    allowed: ClassVar = {"norm": ("global", "tensor")}
 
     def __init__(
         self,
@@ -54,10 +54,6 @@ class NormalizedGD(RuleOptimizer):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(params, {"lr": lr, "norm": norm, "eps": eps, "weight_decay": weight_decay}, **switches)
-
-    @override
-    def check(self, group: Group) -> None:
-        check_choice("norm", group["norm"], ("global", "tensor"))
 
     @override
     def kind_of(self, group: Group) -> Kind:

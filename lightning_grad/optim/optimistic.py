@@ -10,29 +10,18 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_grad._validate import check_choice
 from lightning_grad.optim._base import RuleOptimizer
-from lightning_grad.optim._checks import Switches, check_non_negative
+from lightning_grad.optim._checks import NON_NEGATIVE, Range, Switches
 from lightning_grad.optim._executors import Group, Hyper, State
 from lightning_grad.optim._math import axpy, ratio, square_sum
 
 
 class _Optimistic(RuleOptimizer):
-    """What the two share: one scalar state for all parameters, and a ball around the start."""
+    """What the two share: step sizes from all parameters together, and a ball around the start."""
 
     kind = "global"
-
-    def _total(self, totals: list[Tensor]) -> Tensor:
-        return torch.stack(totals).sum(0)
-
-    def _replace(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            self.set_shared(self.param_groups[0], name, value)
-
-    @override
-    def check(self, group: Group) -> None:
-        if not isinstance(group["diameter"], int | float) or not 0.0 < group["diameter"] <= 1e10:
-            raise ValueError(f"diameter must be > 0 and at most 1e+10, got {group['diameter']}")
+    allowed: ClassVar = {"diameter": Range(0.0, brackets="(]"), "lipschitz": NON_NEGATIVE}
+    by_group: ClassVar = ("lr", "weight_decay")
 
 
 class OptimisticOMD(_Optimistic):
@@ -62,16 +51,21 @@ class OptimisticOMD(_Optimistic):
             ``state_dtype``, ``stochastic_rounding``.
 
     Raises:
-        ValueError: A hyperparameter is out of range.
+        ValueError: A hyperparameter is out of range, or one other than ``lr`` and ``weight_decay`` is not the same in
+            all parameter groups: the step size is that of all parameters together.
 
     State per parameter: ``step``, ``previous_grad``; with ``project`` also ``xhat`` and ``center``. With the first
-    parameter: ``variation`` (:math:`V`), ``eta``, ``rounds``.
+    parameter: ``variation`` (:math:`V`), ``rounds``; with that of each group: ``eta``.
 
     Source: Chen et al., Optimistic online mirror descent for bridging stochastic and adversarial online convex
     optimization (arXiv:2302.04552). The constants 10 and 4 were not checked against the journal version.
     """
 
     shared_state: ClassVar = ("variation", "eta", "rounds")
+    allowed: ClassVar = {
+        "step_rule": ("convex", "strongly_convex", "constant"), "smoothness": NON_NEGATIVE,
+        "strong_convexity": NON_NEGATIVE, "delta": Range(0.0, optional=True),
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -96,9 +90,6 @@ class OptimisticOMD(_Optimistic):
 
     @override
     def check(self, group: Group) -> None:
-        super().check(group)
-        check_choice("step_rule", group["step_rule"], ("convex", "strongly_convex", "constant"))
-        check_non_negative("strong_convexity", group["strong_convexity"])
         if group["step_rule"] == "strongly_convex" and group["strong_convexity"] < 1e-10:
             raise ValueError(
                 f"strong_convexity must be > 0 for step_rule='strongly_convex', got {group['strong_convexity']}"
@@ -127,22 +118,27 @@ class OptimisticOMD(_Optimistic):
 
     @override
     def prologue(self, groups: list[Group], totals: list[Tensor]) -> list[dict[str, Tensor]]:
-        first, total = self.param_groups[0], self._total(totals)
-        variation = self.shared(first, "variation", 0.0)
-        rounds, eta = self.shared(first, "rounds", 0.0) + 1, self.shared(first, "eta", -1.0)
-        grown = variation + total[0]
-        scale_known = _square_scale(first) > 1e-8 or first["step_rule"] != "convex" or first["delta"] is not None
+        first, sums = self.param_groups[0], torch.stack(totals)
+        rounds, variation = self.shared(first, "rounds", 0.0) + 1, self.shared(first, "variation", 0.0)
+        grown = variation + sums[:, 0].sum()
+        scale_known = first["step_rule"] != "convex" or first["delta"] is not None or _square_scale(first) > 1e-8
         start = _step_size(first, rounds, variation if scale_known else grown)
-        eta = torch.where(eta < 0, start, eta)  # that of the point the gradient belongs to
         following = _step_size(first, rounds + 1, grown)
-        self._replace(variation=grown, rounds=rounds, eta=following)
-        scalars = {"eta": eta, "next_eta": following}
+        self.set_shared(first, "rounds", rounds)
+        self.set_shared(first, "variation", grown)
+        scalars = []
+        for group in groups:
+            eta = self.shared(group, "eta", -1.0)  # of the point the gradient belongs to; not known at the first step
+            eta, next_eta = torch.where(eta < 0, group["lr"] * start, eta), group["lr"] * following
+            self.set_shared(group, "eta", next_eta)
+            scalars.append({"eta": eta, "next_eta": next_eta})
         if first["project"]:
-            radius = first["diameter"] / 2
-            inside, new_yy, new_yg = _ball(radius, eta, total[1], total[2], total[3])
-            scalars["inside"] = inside
-            scalars["next_inside"] = _ball(radius, following, new_yy, new_yg, total[3])[0]
-        return [scalars for _ in groups]
+            eta, next_eta = (torch.stack([s[name] for s in scalars]) for name in ("eta", "next_eta"))
+            yy, yg, gg = sums[:, 1:].unbind(1)
+            inside, yy, yg = _ball(first["diameter"] / 2, eta, yy, yg, gg)
+            next_inside, _, _ = _ball(first["diameter"] / 2, next_eta, yy, yg, gg)
+            return [{**s, "inside": inside, "next_inside": next_inside} for s in scalars]
+        return scalars
 
     @override
     @staticmethod
@@ -181,7 +177,8 @@ class OptimisticFTRL(_Optimistic):
             ``state_dtype``, ``stochastic_rounding``.
 
     Raises:
-        ValueError: A hyperparameter is out of range.
+        ValueError: A hyperparameter is out of range, or one other than ``lr`` is not the same in all parameter groups:
+            the step size is that of all parameters together.
 
     State per parameter: ``step``, ``grad_sum``, ``previous_grad``, ``center``. With the first parameter: ``penalty``
     (the sum in :math:`\eta`).
@@ -191,6 +188,7 @@ class OptimisticFTRL(_Optimistic):
 
     state_spec: ClassVar = {"grad_sum": 0.0, "previous_grad": 0.0, "center": None}
     shared_state: ClassVar = ("penalty",)
+    allowed: ClassVar = {"nu": Range(1e-10, largest=1e20, optional=True)}
 
     def __init__(
         self,
@@ -206,12 +204,6 @@ class OptimisticFTRL(_Optimistic):
         super().__init__(params, defaults, **switches)
 
     @override
-    def check(self, group: Group) -> None:
-        super().check(group)
-        if group["nu"] is not None and not 1e-10 <= group["nu"] <= 1e20:
-            raise ValueError(f"nu must be >= 1e-10 and at most 1e+20, got {group['nu']}")
-
-    @override
     def hyper(self, group: Group, step: Any) -> Hyper:
         return {}
 
@@ -222,23 +214,17 @@ class OptimisticFTRL(_Optimistic):
 
     @override
     def prologue(self, groups: list[Group], totals: list[Tensor]) -> list[dict[str, Tensor]]:
-        first, total = self.param_groups[0], self._total(totals)
-        diameter = first["diameter"]
-        nu = first["nu"]
+        first, sums = self.param_groups[0], torch.stack(totals)
+        diameter, nu = first["diameter"], first["nu"]
         if nu is None:
             nu = max(2.0 * diameter * first["lipschitz"], 1e-10) if first["lipschitz"] > 0.0 else 1.0
         penalty = self.shared(first, "penalty", 0.0)
-        grown = penalty + diameter**2 / (nu + penalty) * total[0]
-        self._replace(penalty=grown)
-        eta = diameter**2 / (nu + grown)
-        scalars = []
-        for group in groups:
-            step = first["lr"] * eta / 2
-            if group["project"]:
-                length = total[1].sqrt() * step
-                step = torch.where(length > diameter / 2, step * ratio(diameter / 2, length), step)
-            scalars.append({"step": step})
-        return scalars
+        grown = penalty + diameter**2 / (nu + penalty) * sums[:, 0].sum()
+        self.set_shared(first, "penalty", grown)
+        steps = torch.stack([group["lr"] * diameter**2 / (nu + grown) / 2 for group in groups])
+        if first["project"]:
+            steps = steps * _shrink(diameter / 2, (steps**2 * sums[:, 1]).sum().sqrt())
+        return [{"step": step} for step in steps]
 
     @override
     @staticmethod
@@ -263,16 +249,28 @@ def _square_scale(group: Group) -> float:
 
 
 def _step_size(group: Group, rounds: Tensor, variation: Tensor) -> Tensor:
-    factor: Tensor = group["lr"] * torch.ones_like(variation)
+    """The step size of a round, but for ``lr``."""
     if group["step_rule"] == "convex":
-        factor = factor * ratio(group["diameter"], (_square_scale(group) + variation).sqrt())
-    if group["step_rule"] == "strongly_convex":
-        factor = factor * 2.0 / (group["strong_convexity"] * rounds)
-    return factor
+        return ratio(group["diameter"], (_square_scale(group) + variation).sqrt())
+    eta = torch.ones_like(variation)
+    return eta * 2.0 / (group["strong_convexity"] * rounds) if group["step_rule"] == "strongly_convex" else eta
+
+
+def _shrink(radius: float, length: Tensor) -> Tensor:
+    """Factor that brings a vector of this length into the ball."""
+    return torch.where(length > radius, ratio(radius, length), torch.ones_like(length))
 
 
 def _ball(radius: float, eta: Tensor, yy: Tensor, yg: Tensor, gg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Factor that brings ``y - eta * g`` into the ball, and its ``<y, y>`` and ``<y, g>`` afterwards."""
-    length = (yy - 2 * eta * yg + eta**2 * gg).clamp_min(0.0).sqrt()
-    factor = torch.where(length > radius, ratio(radius, length), torch.ones_like(length))
-    return factor, (factor * length) ** 2, factor * (yg - eta * gg)
+    """Factor that brings ``y - eta * g`` into the ball, and its ``<y, y>`` and ``<y, g>`` afterwards.
+
+    Args:
+        radius: Of the ball.
+        eta: Step size of each group.
+        yy: ``<y, y>`` of each group.
+        yg: ``<y, g>`` of each group.
+        gg: ``<g, g>`` of each group.
+    """
+    moved = (yy - 2 * eta * yg + eta**2 * gg).clamp_min(0.0)
+    factor = _shrink(radius, moved.sum().sqrt())
+    return factor, factor**2 * moved, factor * (yg - eta * gg)

@@ -29,7 +29,8 @@ class SamplesLR(ClosedFormLR):
     ================  ==================================================================================
 
     :class:`lightning_grad.AdaptiveBatchSize` (also with ``mode="monitor"``) tells the schedule, before each step, how
-    many samples will be seen after it. Without that callback give ``samples_per_step``, and every ``step()`` counts it.
+    many samples will be seen after it. Without that callback give ``total_samples`` and ``samples_per_step``; every
+    ``step()`` counts the latter, so in a configuration of ``lightning-grad`` set ``lr_scheduler_interval: step``.
 
     Args:
         optimizer: The optimizer.
@@ -42,11 +43,15 @@ class SamplesLR(ClosedFormLR):
 
     Raises:
         ValueError: An argument is out of range.
+        RuntimeError: ``step()`` was called without the callback, and ``samples_per_step`` or ``total_samples`` is
+            not known.
 
     State: the samples seen. The settings are the constructor's, so that a longer run can be resumed.
 
     Source: the AdAdaGrad experiments (arXiv:2402.11215) use cosine with ``final=0.1`` and 10 % warm-up.
     """
+
+    _settings = ("total_samples", "base", "warmup_samples", "final", "cooldown_fraction", "samples_per_step")
 
     def __init__(
         self,
@@ -75,13 +80,21 @@ class SamplesLR(ClosedFormLR):
         super().__init__(optimizer)
 
     def resolve(self, total_samples: int) -> None:
-        """Fill in ``total_samples="auto"``; does nothing if a number was given or the number is known already."""
+        """Fill in ``total_samples="auto"``; does nothing if a number was given or the number is known already.
+
+        Args:
+            total_samples: Samples of the whole run, more than ``warmup_samples``.
+        """
         if self.total_samples is None:
             check_int("warmup_samples", self.warmup_samples, 0, total_samples - 1)
             self.total_samples = total_samples
 
     def set_progress(self, samples: int) -> None:
-        """Set the learning rates for a step after which ``samples`` samples are seen."""
+        """Set the learning rates for a step after which ``samples`` samples are seen; ``step()`` counts none any more.
+
+        Args:
+            samples: Samples seen since the beginning of training, over all processes.
+        """
         self.samples, self.driven = samples, True
         self._write()
 
@@ -104,6 +117,10 @@ class SamplesLR(ClosedFormLR):
         return 1.0 if left >= 1.0 else self.final + (1.0 - self.final) * left
 
     @override
+    def _ready(self) -> bool:
+        return self.total_samples is not None
+
+    @override
     def get_lr(self) -> list[float | Tensor]:
         factor = self.factor(self.samples)
         return [lr * factor for lr in self.base_lrs]
@@ -113,10 +130,11 @@ class SamplesLR(ClosedFormLR):
         """Count ``samples_per_step``, unless the callback sets the progress."""
         initial = not hasattr(self, "_last_lr")
         if not initial and not self.driven:
-            if self.samples_per_step is None:
+            if self.samples_per_step is None or self.total_samples is None:
                 raise RuntimeError(
-                    "SamplesLR does not know how many samples were seen: add the callback AdaptiveBatchSize"
-                    " (mode='monitor' leaves the batch size alone), or give `samples_per_step`."
+                    "SamplesLR does not know how many samples were seen, or will be: add the callback"
+                    " AdaptiveBatchSize (mode='monitor' leaves the batch size alone), or give `samples_per_step` and"
+                    " `total_samples`."
                 )
             self.samples += self.samples_per_step
         self.last_epoch += 1
@@ -125,6 +143,5 @@ class SamplesLR(ClosedFormLR):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        settings = ("total_samples", "base", "warmup_samples", "final", "cooldown_fraction", "samples_per_step")
-        super().load_state_dict({k: v for k, v in state_dict.items() if k not in settings})
+        super().load_state_dict(state_dict)
         self.driven = False

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Unpack
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_grad.optim._checks import Switches
+from lightning_grad.optim._checks import BELOW_ONE, FRACTION, Switches
 from lightning_grad.optim._executors import Group, Hyper, State
 from lightning_grad.optim._math import axpy, scale_add
 from lightning_grad.optim._projection import ProjectedOptimizer
@@ -46,6 +46,7 @@ class SGDP(ProjectedOptimizer):
     """
 
     state_spec: ClassVar = {"momentum_buffer": 0.0}
+    allowed: ClassVar = {"momentum": BELOW_ONE, "dampening": FRACTION}
 
     def __init__(
         self,

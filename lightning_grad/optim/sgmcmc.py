@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_grad.optim._base import Kind, RuleOptimizer
 from lightning_grad.optim._buckets import LOW_PRECISION
-from lightning_grad.optim._checks import Switches, check_non_negative
+from lightning_grad.optim._checks import BELOW_ONE, NON_NEGATIVE, Range, Switches
 from lightning_grad.optim._executors import Group, Hyper, State
 from lightning_grad.optim._math import axpy, ema_of_square, scale_add, square_sum
 
@@ -22,6 +22,7 @@ class _Langevin(RuleOptimizer):
     """What the samplers share: temperature, size of the data set, and a random generator that is part of the state."""
 
     noisy = True
+    allowed: ClassVar = {"temperature": NON_NEGATIVE}
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], seed: int | None, **switches: Unpack[Switches]
@@ -235,6 +236,7 @@ class PSGLD(_Langevin):
     """
 
     state_spec: ClassVar = {"square_avg": 0.0}
+    allowed: ClassVar = {"alpha": BELOW_ONE, "lam": Range(1e-12), "v_init": NON_NEGATIVE}
 
     def __init__(
         self,
@@ -254,12 +256,6 @@ class PSGLD(_Langevin):
             "alpha": alpha, "lam": lam, "v_init": v_init,
         }  # fmt: skip
         super().__init__(params, defaults, seed, **switches)
-
-    @override
-    def check(self, group: Group) -> None:
-        super().check(group)
-        if group["lam"] < 1e-12:
-            raise ValueError(f"lam must be >= 1e-12, got {group['lam']}")
 
     @override
     def state_names(self, group: Group) -> Mapping[str, float | None]:
@@ -306,6 +302,7 @@ class SGHMC(_Langevin):
     """
 
     state_spec: ClassVar = {"velocity": 0.0}
+    allowed: ClassVar = {"friction": Range(0.0, 1.0, "(]")}
 
     def __init__(
         self,
@@ -322,13 +319,6 @@ class SGHMC(_Langevin):
             "lr": lr, "n_data": n_data, "temperature": temperature, "weight_decay": weight_decay, "friction": friction
         }  # fmt: skip
         super().__init__(params, defaults, seed, **switches)
-
-    @override
-    def check(self, group: Group) -> None:
-        super().check(group)
-        check_non_negative("friction", group["friction"])
-        if not 0.0 < group["friction"] <= 1.0:
-            raise ValueError(f"friction must lie in (0, 1], got {group['friction']}")
 
     @override
     def hyper(self, group: Group, step: Any) -> Hyper:

@@ -74,7 +74,7 @@ REFUSED = {
     "wd_ratio": [(v, f"wd_ratio must lie in [0, 1], got {v}") for v in (1.1, -0.1, nan)],
     **{
         name: [(v, f"{name} must be >= 0, got {v}") for v in (-1.0, nan, -inf)]
-        for name in ("eps", "weight_decay", "delta", "b0", "temperature", "lam", "v_init", "lipschitz", "smoothness")
+        for name in ("eps", "weight_decay", "delta", "b0", "temperature", "v_init", "lipschitz", "smoothness")
     },
 }
 
@@ -151,7 +151,7 @@ CASES = [
         refused=(
             ("step_rule", "fast", "`step_rule` must be one of 'convex', 'strongly_convex', 'constant', got 'fast'."),
             ("step_rule", "strongly_convex", "strong_convexity must be > 0 for step_rule='strongly_convex', got 0.0"),
-            ("diameter", 0.0, "diameter must be > 0 and at most 1e+10, got 0.0"),
+            ("diameter", 0.0, "diameter must be > 0, got 0.0"),
         ),
         elementwise=False,
     ),
@@ -163,7 +163,7 @@ CASES = [
             {"diameter": 20.0, "lipschitz": 9.0, "lr": 1.0},
             {"nu": 5.0, "project": False, "lr": 1.0},
         ),
-        refused=(("nu", 0.0, "nu must be >= 1e-10 and at most 1e+20, got 0.0"),),
+        refused=(("nu", 0.0, "nu must be >= 1e-10, got 0.0"),),
         elementwise=False,
     ),
     Case(
@@ -182,7 +182,7 @@ CASES = [
             {"lr": 1e-2, "temperature": 0.0, "alpha": 0.9, "lam": 0.1, "v_init": 1.0},
         ),
         limits=(Limit({"lr": 1e-2, "temperature": 0.0, "lam": 1e-8}, rmsprop, 1e-13),),
-        refused=(("lam", 0.0, "lam must be >= 1e-12, got 0.0"),),
+        refused=tuple(("lam", v, f"lam must be >= 1e-12, got {v}") for v in (0.0, -1.0, nan)),
         noisy=True,
     ),
     Case(

@@ -195,6 +195,41 @@ def test_shapes_of_samples_lr(base, expected):
     assert [schedule.factor(s) for s in (10, 20, 110, 200, 240)] == pytest.approx(expected)
     schedule.set_progress(110)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * expected[2])
+    optimizer.step()
+    schedule.step()  # who is told does not count
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * expected[2])
+
+
+def test_shapes_of_samples_lr_in_numbers():
+    def factors(base, samples, **kwargs):
+        schedule = SamplesLR(one_parameter()[1], 1000, base, **kwargs)
+        return [schedule.factor(s) for s in samples]
+
+    assert factors("cooldown", (800, 850, 900, 950, 1000)) == pytest.approx([1.0, 0.775, 0.55, 0.325, 0.1])
+    assert factors("cooldown", (250, 500, 750), cooldown_fraction=1.0, final=0.0) == pytest.approx([0.75, 0.5, 0.25])
+    # without a warm-up the decay begins after a hundredth of the samples
+    assert factors("inverse_sqrt", (0, 5, 10, 40)) == pytest.approx([1.0, 1.0, 1.0, 0.5])
+    assert factors("cosine", (250, 750), final=0.0) == pytest.approx([0.5 + 0.5**1.5, 0.5 - 0.5**1.5])
+
+
+def test_samples_lr_before_and_after_the_total_is_known():
+    _, optimizer = one_parameter()
+    schedule = SamplesLR(optimizer, base="linear", warmup_samples=20, final=0.0)
+    schedule.set_progress(60)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+    with pytest.raises(ValueError, match=r"`warmup_samples` must be an integer in \[0, 19\], got 20"):
+        schedule.resolve(20)
+    schedule.resolve(100)
+    schedule.resolve(1000)  # known already
+    schedule.set_progress(60)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    # a checkpoint does not bring the total, and until it is known the learning rate is the optimizer's
+    _, resumed = one_parameter()
+    later = SamplesLR(resumed, base="linear", warmup_samples=20, final=0.0)
+    resumed.load_state_dict(optimizer.state_dict())
+    later.load_state_dict(schedule.state_dict())
+    assert later.total_samples is None
+    assert resumed.param_groups[0]["lr"] == pytest.approx(0.05)
 
 
 def test_samples_lr_counts_alone_or_says_that_it_cannot():
@@ -206,9 +241,10 @@ def test_samples_lr_counts_alone_or_says_that_it_cannot():
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([0.1 * max(0, 1 - (t + 1) / 10) for t in range(12)])
-    lost = SamplesLR(one_parameter()[1], 100)
-    with pytest.raises(RuntimeError, match="does not know how many samples"):
-        lost.step()
+    for known in ({"total_samples": 100}, {"samples_per_step": 10}):
+        lost = SamplesLR(one_parameter()[1], **known)
+        with pytest.raises(RuntimeError, match="does not know how many samples"):
+            lost.step()
 
 
 def test_samples_lr_state_continues():
@@ -230,17 +266,23 @@ def test_samples_lr_state_continues():
 
 def test_samples_lr_may_be_resumed_for_a_longer_run():
     _, optimizer = one_parameter()
-    short = SamplesLR(optimizer, 100, "linear", final=0.0)
+    short = SamplesLR(optimizer, 100, "cosine", warmup_samples=5, cooldown_fraction=0.5, samples_per_step=3)
     short.set_progress(50)
     longer = SamplesLR(one_parameter()[1], 200, "linear", final=0.0)
     longer.load_state_dict(short.state_dict())
     assert longer.samples == 50
+    assert longer.optimizer.param_groups[0]["lr"] == pytest.approx(0.075)  # of the coming step already
+    settings = {"base": "linear", "warmup_samples": 0, "final": 0.0, "cooldown_fraction": 0.2, "samples_per_step": None}
+    assert {name: getattr(longer, name) for name in settings} == settings
     longer.set_progress(100)
     assert longer.get_last_lr() == pytest.approx([0.05])
 
 
 def test_samples_lr_refusals():
-    for key, bad in {"total_samples": 0, "base": "step", "warmup_samples": 100, "final": 2.0}.items():
+    for key, bad in (
+        ("total_samples", 0), ("base", "step"), ("warmup_samples", 100), ("warmup_samples", -1), ("final", 2.0),
+        ("final", -0.1), ("cooldown_fraction", 0.0), ("cooldown_fraction", 1.1), ("samples_per_step", 0),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=f"`{key}`"):
             SamplesLR(one_parameter()[1], **{"total_samples": 100, key: bad})
 

@@ -101,6 +101,9 @@ def test_groups_keep_their_ratio_and_zero_stays_zero():
     optimizer = optimizer_of(0.4, 0.0)
     LinearDecayLR(optimizer, total=4, offset=1)
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.32, 0.0])
+    optimizer = optimizer_of(0.0)
+    StronglyConvexLR(optimizer, mu=1.0)
+    assert optimizer.param_groups[0]["lr"] == 0.0
 
 
 def test_a_cooldown_begins_when_the_end_is_decided_and_survives_a_checkpoint():
@@ -124,16 +127,101 @@ def test_a_cooldown_begins_when_the_end_is_decided_and_survives_a_checkpoint():
     assert stepped(6, state)[2] == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0, 0.0])
 
 
-def test_a_resumed_run_may_be_longer():
+@pytest.mark.parametrize("shape", ["linear", "1-sqrt"])
+def test_a_second_cooldown_goes_on_from_the_present_rate(shape):
     optimizer = optimizer_of()
+    schedule = CooldownLR(optimizer, total=8, cooldown_fraction=0.5, shape=shape, final=0.2)
+    seen = []
+    for step in range(10):
+        if step in (6, 8):
+            schedule.start_cooldown(4 if step == 6 else 2)
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen[:4] == [1.0] * 4
+    assert seen == sorted(seen, reverse=True)
+    assert seen[6] == pytest.approx(0.6 if shape == "linear" else 0.2 + 0.8 * (1 - 0.5**0.5))
+    left = (0.5, 0.5**0.5)[shape != "linear"]
+    assert seen[8] - 0.2 == pytest.approx((seen[6] - 0.2) * (left if shape == "linear" else 1 - left))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("cls", [LinearDecayLR, CooldownLR])
+def test_a_resumed_run_may_be_longer(cls):
+    kwargs = {"cooldown_fraction": 1.0} if cls is CooldownLR else {}
+    schedule = cls(optimizer_of(), total=4, **kwargs)
+    for _ in range(5):  # past the end, with its warning
+        schedule.optimizer.step()
+        with warnings.catch_warnings(record=True):
+            schedule.step()
+    longer = cls(optimizer_of(), total=8, **kwargs)
+    longer.optimizer.load_state_dict(schedule.optimizer.state_dict())
+    longer.load_state_dict(schedule.state_dict())
+    assert longer.optimizer.param_groups[0]["lr"] == pytest.approx(3 / 8)  # of the coming step already
+    longer.optimizer.step()
+    longer.step()
+    assert longer.get_last_lr() == pytest.approx([2 / 8])
+    longer.step()
+    longer.step()
+    with pytest.warns(UserWarning, match=r"more steps than `total` \(8\)"):
+        longer.step()
+
+
+@pytest.mark.parametrize(
+    ("cls", "first", "second"),
+    [
+        (LinearDecayLR, {"total": 9}, {"total": 9, "warmup": 4, "final": 0.5, "offset": 1}),
+        (CooldownLR, {"total": 9}, {"total": 9, "cooldown_fraction": 1.0, "final": 0.5, "shape": "1-sqrt"}),
+        (InverseSqrtLR, {}, {"warmup": 7}),
+        (StronglyConvexLR, {"mu": 1.0}, {"mu": 2.0, "shift": 5.0}),
+    ],
+)
+def test_a_checkpoint_brings_the_step_and_no_setting(cls, first, second):
+    saved, resumed = cls(optimizer_of(), **first), cls(optimizer_of(), **second)
+    saved.optimizer.step()
+    saved.step()
+    resumed.load_state_dict(saved.state_dict())
+    resumed.optimizer.step()
+    resumed.step()
+    assert resumed.last_epoch == 2
+    assert resumed.get_last_lr() == rates(cls, 3, **second)[2:]
+
+
+def test_the_horizon_may_come_after_the_checkpoint():
+    saved = LinearDecayLR(optimizer_of(), total=4)
+    saved.optimizer.step()
+    saved.step()
+    resumed = LinearDecayLR(optimizer_of(), offset=1)
+    resumed.load_state_dict(saved.state_dict())  # says nothing yet
+    resumed.resolve(4)
+    resumed.resolve(9)  # known already
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(3 / 5)
+
+
+def test_where_the_cooldown_lies():
+    found = [CooldownLR(optimizer_of(), total=n, cooldown_fraction=f).cooldown for n, f in ((8, 0.2), (3, 0.1), (4, 1))]
+    assert found == [(6, 8), (2, 3), (0, 4)]
+    assert CooldownLR(optimizer_of()).cooldown is None
+
+
+def test_a_tensor_learning_rate_stays_the_same_object():
+    lr = torch.tensor(0.5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=lr)
     schedule = LinearDecayLR(optimizer, total=4)
     optimizer.step()
     schedule.step()
-    longer = LinearDecayLR(optimizer_of(), total=8)
-    longer.load_state_dict(schedule.state_dict())
-    longer.optimizer.step()
-    longer.step()
-    assert longer.get_last_lr() == pytest.approx([6 / 8])
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr == 0.375
+
+
+def test_no_warning_at_the_end_nor_with_a_cooldown_begun_by_hand(recwarn):
+    rates(LinearDecayLR, 4, total=4)
+    schedule = CooldownLR(optimizer_of(), total=2)
+    schedule.start_cooldown(5)
+    for _ in range(6):
+        schedule.optimizer.step()
+        schedule.step()
+    assert not [w for w in recwarn if "`total`" in str(w.message)]
 
 
 def test_past_the_end_it_stays_and_warns_once():
@@ -147,14 +235,18 @@ def test_refused_by_name():
     for cls, kwargs, name in (
         (LinearDecayLR, {"total": 0}, "total"), (LinearDecayLR, {"total": 3, "warmup": 3}, "warmup"),
         (LinearDecayLR, {"total": 3, "offset": 2}, "offset"), (LinearDecayLR, {"total": 3, "final": 2.0}, "final"),
+        (LinearDecayLR, {"final": -0.1}, "final"), (LinearDecayLR, {"warmup": -1}, "warmup"),
+        (StronglyConvexLR, {"mu": math.inf}, "mu"), (CooldownLR, {"total": 0}, "total"),
+        (CooldownLR, {"cooldown_fraction": 1.1}, "cooldown_frac"), (CooldownLR, {"final": 1.1}, "final"),
         (InverseSqrtLR, {"warmup": -1}, "warmup"), (StronglyConvexLR, {"mu": 0.0}, "mu"),
         (StronglyConvexLR, {"mu": 1.0, "shift": 0}, "shift"), (CooldownLR, {"cooldown_fraction": 0.0}, "cooldown_frac"),
         (CooldownLR, {"shape": "sqrt"}, "shape"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"`{name}"):
             cls(optimizer_of(), **kwargs)
-    with pytest.raises(RuntimeError, match="give `total`"):
-        rates(LinearDecayLR, 3)
+    for warmup in (0, 5):  # at the first step, not when the warm-up is over
+        with pytest.raises(RuntimeError, match="give `total`"):
+            rates(LinearDecayLR, 1, warmup=warmup)
     with pytest.raises(ValueError, match="`length`"):
         CooldownLR(optimizer_of()).start_cooldown(0)
 

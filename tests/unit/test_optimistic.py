@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_grad.optim import NormalizedGD, OptimisticAdam, OptimisticFTRL, OptimisticOMD
+from lightning_grad.optim import AdaGradNorm, NormalizedGD, OptimisticAdam, OptimisticFTRL, OptimisticOMD
 
 
 def play(make):
@@ -71,6 +71,66 @@ def test_regret_is_bounded_for_every_sequence(kind):
         else:
             limit = 1.5 * diameter * math.sqrt(4 * bound**2 + optimizer.stats()["variation"].item() ** 2)
         assert regret <= limit, name
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs"),
+    [
+        (OptimisticOMD, {"lipschitz": 2.0, "diameter": 3.0, "project": True}),
+        (OptimisticOMD, {"delta": 0.5}),
+        (OptimisticFTRL, {"diameter": 3.0}),
+        (OptimisticFTRL, {"diameter": 3.0, "project": False}),
+    ],
+)
+def test_groups_have_a_learning_rate_of_their_own_and_share_the_rest(cls, kwargs):
+    torch.manual_seed(1)
+    parts = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (3, 2)]
+    rates = torch.tensor([0.5] * 3 + [2.0] * 2, dtype=torch.float64)
+    optimizer = cls([{"params": parts[:1], "lr": 0.5}, {"params": parts[1:], "lr": 2.0}], **kwargs)
+    diameter, start = kwargs.get("diameter", 1.0), torch.cat([p.detach() for p in parts])
+
+    def inside(x):
+        projects, y = kwargs.get("project", cls is OptimisticFTRL), x - start
+        return start + y * min(1.0, diameter / 2 / float(y.norm())) if projects else x
+
+    xhat, previous, total = start, torch.zeros(5).double(), torch.zeros(5).double()
+    scale, variation, penalty = kwargs.get("delta", 1e-8) + 4 * kwargs.get("lipschitz", 0.0) ** 2, 0.0, 0.0
+    for step in range(8):
+        rates = rates * 0.5 if step == 4 else rates  # a schedule
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.5 if step == 4 else 1.0
+        g = torch.randn(5, dtype=torch.float64)
+        change = float((g - previous).square().sum())
+        total = total + g
+        for p, part in zip(parts, g.split([3, 2]), strict=True):
+            p.grad = part.clone()
+        optimizer.step()
+        if cls is OptimisticFTRL:
+            penalty += diameter**2 / (1.0 + penalty) * change
+            want = inside(start - rates * diameter**2 / (1.0 + penalty) / 2 * (total + g))
+        else:
+            if step == 0:
+                eta = rates * diameter / math.sqrt(scale)
+            xhat = inside(xhat - eta * g)  # with the step size that the point was made with
+            variation += change
+            eta = rates * diameter / math.sqrt(scale + variation)
+            want = inside(xhat - eta * g)
+        previous = g
+        assert (torch.cat([p.detach() for p in parts]) - want).abs().max() <= 1e-13, step
+
+
+def test_what_all_parameters_share_cannot_differ_between_groups():
+    x, y = (torch.zeros(2, requires_grad=True) for _ in range(2))
+    other = {"step_rule": "constant", "diameter": 2.0, "project": True, "lipschitz": 1.0, "smoothness": 1.0,
+             "strong_convexity": 1.0, "delta": 1.0}  # fmt: skip
+    for cls, values in (
+        (OptimisticOMD, other),
+        (OptimisticFTRL, {"diameter": 2.0, "project": False, "lipschitz": 1.0, "nu": 2.0}),
+        (AdaGradNorm, {"scope": "group"}),
+    ):
+        for name, value in values.items():
+            with pytest.raises(ValueError, match=f"{name} must be the same in all parameter groups, .* and {value}"):
+                cls([{"params": [x]}, {"params": [y], name: value}])
 
 
 def test_constant_gradient_has_no_variation_after_the_first():
