@@ -131,6 +131,15 @@ def test_commands_name_what_exists(block):
     assert not missing
 
 
+def test_the_site_is_searched_without_a_server_and_without_another_host():
+    """The theme's `offline` would load a script from elsewhere unless one of its name is configured."""
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert {"search", "offline"} <= {plugin for plugin in config["plugins"] if isinstance(plugin, str)}
+    (script,) = config["extra"]["polyfills"]
+    assert script.endswith("iframe-worker.js")
+    assert (ROOT / "docs" / script).exists()
+
+
 LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)\s#]+)")
 
 
