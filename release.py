@@ -56,6 +56,7 @@ DEMO = (
 USES = {
     "": ("wheel", False, [BASE, "lightning-grad --version", f"{FIT} --optimizer DiffGrad --optimizer.lr 1e-3"]),
     "triton": ("wheel", False, [BASE, TRITON]),
+    "completion": ("wheel", False, [BASE, "lightning-grad --print_completion shtab-bash"]),
     "bnb": ("wheel", False, [BASE, f"{FIT} --optimizer bitsandbytes.optim.AdamW8bit --optimizer.lr 1e-3"]),
     "hf": ("wheel", False, [BASE, HF]),
     "minilm": ("wheel", False, [BASE, MINILM]),

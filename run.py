@@ -297,7 +297,9 @@ def package(rest):
         if not origin.startswith(own):
             say(f"The clean environment would import {origin}, not the wheel.")
             return 1
-        return call(in_venv("lightning-grad", clean), "--version", cwd=folder)
+        # `--version` answers without loading the classes
+        loads = call(clean_python, "-c", "import lightning_grad.cli", cwd=folder)
+        return loads or call(in_venv("lightning-grad", clean), "--version", cwd=folder)
 
 
 def answer(python, expression, cwd=None):

@@ -36,8 +36,8 @@ def standard_library() -> Path:
     folder = Path(sysconfig.get_path("stdlib"))
     if not (folder / "os.py").is_file():
         raise FileNotFoundError(
-            f"SourceText found no Python source files in {folder}; is this a zipped Python?"
-            " Give a folder with *.py files as `root`."
+            f"There are no Python source files in {folder}; is this a zipped Python?"
+            " SourceText takes a folder with *.py files as `root`."
         )
     return folder
 

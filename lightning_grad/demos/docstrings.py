@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import random
 import re
-import sysconfig
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_grad._validate import check_int, check_range
 from lightning_grad.data import ResumableDataLoader
+from lightning_grad.demos._corpus import standard_library
 
 # A sentence is compared with the text of each class. Bare names ("networking") leave the untrained encoder at 0.42 of
 # the sentences right, words for what is in the family at 0.48.
@@ -51,7 +51,7 @@ FAMILIES = {
 @cache
 def docstring_sentences() -> tuple[tuple[str, int], ...]:
     """First sentences (5 to 28 words, each once) of functions, classes and methods, and the number of their family."""
-    root, seen, found = Path(sysconfig.get_paths()["stdlib"]), set(), []
+    root, seen, found = standard_library(), set(), []
     for label, modules in enumerate(FAMILIES.values()):
         for module in modules.split():
             files = sorted((root / module).rglob("*.py")) if (root / module).is_dir() else [root / f"{module}.py"]
@@ -87,7 +87,8 @@ class DocstringData(pl.LightningDataModule):
         seed: Order of the sentences and of the training batches.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or there are too few sentences (raised by ``setup``).
+        ModuleNotFoundError: The package with the encoder is missing (raised by ``setup``).
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class DocstringData(pl.LightningDataModule):
         for name, value in {"batch_size": batch_size, "num_train": num_train, "num_val": num_val}.items():
             check_int(name, value, 1)
         check_int("max_tokens", max_tokens, 3, 512)
+        check_int("seed", seed, 0)
         self.batch_size, self.max_tokens, self.seed = batch_size, max_tokens, seed
         self._sizes = (num_train, num_val)
         self._parts: list[TensorDataset] = []
@@ -105,9 +107,14 @@ class DocstringData(pl.LightningDataModule):
         """Tokenize, once."""
         if self._parts:
             return
+        sentences = list(docstring_sentences())
+        if len(sentences) < sum(self._sizes):
+            raise ValueError(
+                f"`num_train` and `num_val` ask for {sum(self._sizes)} sentences; this Python's library has"
+                f" {len(sentences)}."
+            )
         from transformers import AutoTokenizer
 
-        sentences = list(docstring_sentences())
         random.Random(self.seed).shuffle(sentences)
         chosen = sentences[: sum(self._sizes)]
         tokenizer = AutoTokenizer.from_pretrained(str(_weights_folder()))

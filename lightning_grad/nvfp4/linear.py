@@ -280,10 +280,6 @@ class LayerState:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_key": None, "_packed": (None, None), "shadow": None}
 
-    def drop_cache(self) -> None:
-        """Forget the packed weight."""
-        self._key, self._packed = None, (None, None)
-
     def first_microbatch(self, weight: Tensor) -> bool | None:
         """Whether Transformer Engine must quantize the weight anew; ``None`` lets it do so on every call."""
         if self.session.epoch is None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
 
-from lightning_grad.demos import DigitsCNN, DigitsData, DigitsMLP, SourceText, TinyGPT
+from lightning_grad.demos import DigitsCNN, DigitsData, DigitsMLP, DocstringData, SourceText, TinyGPT
 from lightning_grad.demos._corpus import in_validation, read_corpus, source_files, standard_library
 from lightning_grad.demos.source_text import ByteBlocks
 
@@ -388,3 +388,9 @@ def test_default_optimizer_is_adamw_over_all_parameters():
         assert type(optimizer) is torch.optim.AdamW
         assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
         assert optimizer.defaults["lr"] == 0.5
+
+
+def test_docstring_data_says_how_many_sentences_there_are(monkeypatch):
+    monkeypatch.setattr("lightning_grad.demos.docstrings.docstring_sentences", lambda: (("one two three", 0),) * 3)
+    with pytest.raises(ValueError, match=r"ask for 5 sentences; this Python's library has 3\."):
+        DocstringData(num_train=3, num_val=2).setup("fit")
