@@ -61,16 +61,20 @@ def plans() -> None:
     bench.report()
 
 
-def norms(vocabulary: int, length: int, layers: int = 8, width: int = 512, prompt: int = 64, rows: int = 4) -> None:
+SMALL = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+# the sizes of Qwen2.5-0.5B
+HALF_A_BILLION = {
+    "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def norms(sizes: dict[str, int], vocabulary: int, length: int, rows: int, prompt: int = 64) -> None:
     """Llama architecture, random weights; the forward pass is that of prompt and completion, head on the completion."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=8, max_position_embeddings=1024,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=1024, **sizes)).eval()
     ids = torch.randint(vocabulary, (rows, prompt))
     completion = torch.randint(vocabulary, (rows, length))
     mask = torch.ones_like(completion)
@@ -85,9 +89,12 @@ def norms(vocabulary: int, length: int, layers: int = 8, width: int = 512, promp
         variants[method] = lambda method=method: head_grad_norm(
             hidden, logits, completion, mask, method=method, generator=torch.Generator().manual_seed(0)
         )
+    large = logits - 60.0  # as some models have them, GPT-2 for one: the exponentials need a shift
+    variants["auto, logits near -60"] = lambda: head_grad_norm(hidden, large, completion, mask)
     variants["sketched gradients"] = lambda: head_grad_sketch(hidden, logits, completion, mask)
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    shape = f"V={vocabulary} d={width} R={length} P={prompt} {size:.0f} M parameters, {rows} rows"
+    width, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
+    shape = f"V={vocabulary} d={width} L={layers} R={length} P={prompt} {size:.0f} M parameters, {rows} rows"
     bench = Bench("allocation_norms", shape, "forward pass")
     bench.run(variants, rounds=7, warmup=1)
     bench.report()
@@ -103,7 +110,8 @@ def main() -> None:
     if only != "plan":
         for vocabulary in (8192, 32768):
             for length in (64, 256):
-                norms(vocabulary, length)
+                norms(SMALL, vocabulary, length, rows=4)
+        norms(HALF_A_BILLION, 151936, 256, rows=1)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,16 @@ For logits :math:`z_t = W h_t + b` and the score of a completion :math:`y`, with
 .. math:: \nabla_W \log \pi(y) = \sum_t \delta_t h_t^\top, \qquad
     \|\nabla_W\|_F^2 = \sum_{t,s} (\delta_t \cdot \delta_s)(h_t \cdot h_s).
 
-A bias is one more column of ones in :math:`h`. Let :math:`o_t = e^{z_t - \max z_t}`, but 0 for the target, :math:`O_t`
-its sum and :math:`S_t` the sum with the target; then :math:`S_t \delta_t = O_t \, \mathrm{onehot}(y_t) - o_t`. Nothing
-is subtracted from 1, where a confident model's gradient would drown, and one pass over the vocabulary is enough.
+A bias is one more column of ones in :math:`h`. Let :math:`o_t = e^{z_t - c_t}` for any :math:`c_t`, but 0 for the
+target, :math:`O_t` its sum and :math:`S_t` the sum with the target; then
+:math:`S_t \delta_t = O_t \, \mathrm{onehot}(y_t) - o_t`. Nothing is subtracted from 1, where a confident model's
+gradient would drown, and one pass over the vocabulary is enough. :math:`c_t` only keeps the exponentials in range: 0
+does for most models, and where it does not, a guess that is checked afterwards spares a pass for the maximum.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Literal, get_args
 
@@ -24,8 +27,10 @@ from lightning_grad._validate import check_choice, check_int
 HeadNormMethod = Literal["auto", "direct", "gram", "sketch", "token"]
 
 _DIRECT_LIMIT = 4_000_000  # elements of one sample's V x d gradient that "auto" is willing to form
-_TILE = 32  # columns of a Gram matrix that are computed at a time; as many rows would take longer
-_CHUNK_BYTES = {"cpu": 8 * 2**20}  # small enough to stay in a cache; elsewhere:
+_TILE = 48  # columns of a Gram matrix that are computed at a time; as many rows would take longer
+_LOOK = 128  # columns of the logits from which their size is guessed
+_SAFE_LOGIT, _SAFE_SUM = 30.0, math.exp(40.0)  # products of two such sums, and of e^-30, are far inside float32
+_CHUNK_BYTES = {"cpu": 8 * 2**20}  # stays in a cache, and new pages for more cost more than it gains; elsewhere:
 _CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 
 
@@ -169,15 +174,39 @@ class _Sketch:
         buckets.scatter_add_(-1, self.bucket[tokens], self.sign[tokens] * value)
 
 
-def _others(logits: Tensor, top: Tensor, targets: Tensor, buffer: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
-    """Blocks ``[n, R, w]`` of ``exp(z - max z)`` over the vocabulary with 0 for the target, and where they start."""
+def _others(
+    logits: Tensor, shift: Tensor | None, targets: Tensor, buffer: Tensor, block: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Blocks ``[n, R, w]`` of ``exp(z - shift)`` over the vocabulary with 0 for the target, and where they start."""
     for start in range(0, logits.shape[-1], block):
         part = logits[..., start : start + block]
-        value = torch.sub(part, top, out=buffer[: part.numel()].view(part.shape)).exp_()
+        value = buffer[: part.numel()].view(part.shape)
+        if shift is None:
+            torch.exp(part, out=value)
+        else:
+            torch.sub(part, shift, out=value).exp_()
         place = targets - start
         inside = (place >= 0) & (place < part.shape[-1])
         place = place.clamp(0, part.shape[-1] - 1)
         yield start, value.scatter_(-1, place, value.gather(-1, place).masked_fill(inside, 0.0))
+
+
+def _likely_shift(logits: Tensor, targets: Tensor, narrow: torch.dtype) -> Tensor | None:
+    """A number not above, and likely near, the maximum of each row (plus 8); ``None``: all rows do without."""
+    look = torch.maximum(logits[..., :_LOOK].amax(-1, keepdim=True), logits.gather(-1, targets)).to(narrow)
+    if logits.dtype == narrow and bool((look.abs() < _SAFE_LOGIT).all()):
+        return None
+    return (look / 16).round() * 16  # so few digits that the difference to logits of its size is not rounded
+
+
+def _add_gram(gram: Tensor, value: Tensor, scratch: Tensor) -> None:
+    """Add ``value @ value.mT`` to ``gram`` on and below the diagonal; what is added above it is not defined."""
+    if len(value) == 1:  # a batch of one is slower than none
+        gram, value, scratch = gram[0], value[0], scratch[0]
+    for i in range(0, value.shape[-2], _TILE):
+        tile = slice(i, i + _TILE)
+        torch.matmul(value[..., i:, :], value[..., tile, :].mT, out=scratch[..., i:, tile])
+    gram += scratch
 
 
 def _per_sample(
@@ -190,39 +219,45 @@ def _per_sample(
     width: _Sketch | None,
     buffer: Tensor,
     block: int,
+    *,
+    guess: bool = True,
 ) -> Tensor:
     """Squared norms ``[n]``, or vectors ``[n, dim]`` if there is a sketch of ``hidden`` too."""
     n, length, _ = logits.shape
-    narrow = buffer.dtype
-    targets = targets[..., None]
-    top = logits.amax(-1, keepdim=True).to(narrow)
-    chosen = (logits.gather(-1, targets).to(hidden.dtype) - top).exp()
+    narrow, wide = buffer.dtype, hidden.dtype
+    where = targets[..., None]
+    shift = _likely_shift(logits, where, narrow) if guess else logits.amax(-1, keepdim=True).to(narrow)
+
+    def exp(z: Tensor) -> Tensor:
+        return (z.to(wide) if shift is None else z.to(wide) - shift).exp()
+
+    chosen = exp(logits.gather(-1, where))
     others, square = torch.zeros_like(chosen), torch.zeros_like(chosen)
-    gram = hidden.new_zeros(n, length, length if method == "gram" else 0)
+    size = length if method == "gram" else 0
+    gram, scratch = hidden.new_zeros(n, size, size), buffer.new_zeros(n, size, size)
     buckets = buffer.new_zeros(n, length, 0 if sketch is None else sketch.size)
-    for start, value in _others(logits, top, targets, buffer, block):
+    for start, value in _others(logits, shift, where, buffer, block):
         others += value.sum(-1, keepdim=True)
         if method == "token":
             square += value.square().sum(-1, keepdim=True)
-        elif method == "gram":  # symmetric: the tiles above the diagonal are not computed
-            v, g = (value[0], gram[0]) if n == 1 else (value, gram)  # a batch of one is slower than none
-            for i in range(0, length, _TILE):
-                g[..., i:, i : i + _TILE] += v[..., i:, :] @ v[..., i : i + _TILE, :].mT
+        elif method == "gram":
+            _add_gram(gram, value, scratch)
         elif sketch is not None:
             sketch.add(buckets, value, start)
+    if guess and not bool((others < _SAFE_SUM).all()):
+        return _per_sample(hidden, logits, targets, mask, method, sketch, width, buffer, block, guess=False)
     total = others + chosen
     if method == "token":
         return (((others.square() + square) / total.square()) * mask).sum((1, 2))
     hidden = hidden / total
     if method == "gram":
-        gram = gram.tril() + gram.tril(-1).mT
-        same = targets == targets.mT
-        cross = logits.gather(-1, targets.mT.expand_as(gram)).to(hidden.dtype) - top
-        cross = cross.exp_().masked_fill_(same, 0.0)
-        gram += same * (others * others.mT) - others * cross.mT - cross * others.mT
-        return gram.mul_(hidden @ hidden.mT).sum((1, 2))
+        h = hidden @ hidden.mT  # symmetric: it is enough that the rest counts each pair of tokens once
+        cross = exp(logits.gather(-1, where.mT.expand_as(h)))
+        cross = torch.where(where == where.mT, others * -0.5, cross).mul_(others.mT)
+        pairs = gram.tril(-1).sub_(cross).mul_(h).sum((1, 2))
+        return 2.0 * pairs + (gram.diagonal(0, 1, 2) * h.diagonal(0, 1, 2)).sum(1)
     if sketch is not None:
-        sketch.add_tokens(buckets, targets, -others.to(narrow))
+        sketch.add_tokens(buckets, where, -others.to(narrow))
         delta = buckets
         if width is not None:
             h = torch.zeros_like(buckets)
@@ -231,5 +266,5 @@ def _per_sample(
             vectors: Tensor = torch.fft.irfft(product.sum(1), n=width.size)
             return vectors
     else:
-        delta = value.scatter_(-1, targets, -others.to(narrow))  # one block holds all; the sign does not matter
-    return (delta.mT @ hidden.to(narrow)).square().sum((1, 2)).to(hidden.dtype)
+        delta = value.scatter_(-1, where, -others.to(narrow))  # one block holds all; the sign does not matter
+    return (delta.mT @ hidden.to(narrow)).square().sum((1, 2)).to(wide)

@@ -77,6 +77,21 @@ def test_float32_equals_autograd_to_a_millionth(method, bias, shape, monkeypatch
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("method", ["direct", "gram", "token"])
+@pytest.mark.parametrize("common", [-200.0, -20.0, 20.0, 200.0])
+@pytest.mark.parametrize("peak", [0.0, 50.0, 120.0])
+def test_logits_of_any_size(method, common, peak):
+    """Exponentials beyond float32, and a peak outside the columns that are looked at first."""
+    hidden, _, _, targets, mask = problem(vocabulary=600, dtype=torch.float32)
+    logits = torch.randn(5, 7, 600, generator=torch.Generator().manual_seed(1)) + common
+    logits[:, ::2, 599] += peak
+    got = head_grad_norm(hidden, logits, targets, mask, method=method)
+    want = in_float64(hidden, logits, targets, mask, False)
+    if method == "token":
+        want = head_grad_norm(hidden.double(), logits.double() - logits.amax(-1, True), targets, mask, method=method)
+    torch.testing.assert_close(got.double(), want.double(), rtol=1e-6, atol=0)
+
+
 def test_a_confident_model_keeps_its_digits():
     """1 - softmax would be 0 in float32 here."""
     logits = torch.zeros(1, 1, 5)
