@@ -68,6 +68,7 @@ class EStep:
     grad_norm_params: tuple[str, ...] | None = None
     accept_threshold: float = 0.5
     max_weight_ratio: float | None = None
+    predict_sn_mse: bool = True
 
     def __post_init__(self) -> None:
         check_choice("estimator", self.estimator, get_args(Estimator))
@@ -176,7 +177,7 @@ class EStep:
         if self.rule.objective != "reward_baseline":  # rejected samples have no part in the other two
             wanted = wanted & (rollouts.reward > self.accept_threshold)
         sketched = self.rule.objective == "em" and self.estimator == "self_normalized" and self.grad_norm == "head"
-        sketched = sketched and num_prompts * _SKETCH <= _MOST_SKETCHED
+        sketched = sketched and self.predict_sn_mse and num_prompts * _SKETCH <= _MOST_SKETCHED
         with timer("seconds_score"):
             norms, sketches = score_norms(
                 module, rollouts, wanted, self.grad_norm, self.grad_norm_params, _SKETCH if sketched else 0

@@ -31,6 +31,7 @@ from lightning_grad.data.weighted import AllocatedLoader
 AllocationObjective = Literal["em", "reward", "reward_baseline", "importance", "strata"]
 _SUPERVISED = ("importance", "strata")
 _NOT_LOGGED = ("accepted", "generated")
+_NOT_SETTINGS = ("self", "log_histograms", "log_sn_mse_ratio", "save_rollouts")  # no plan depends on them
 
 
 class DynamicSampleAllocation(TensorBoardCharts):
@@ -83,6 +84,8 @@ class DynamicSampleAllocation(TensorBoardCharts):
         log_histograms: Write histograms to TensorBoard.
         save_rollouts: Put the samples into checkpoints. Without them a run resumed in mid-epoch generates anew.
         seed: Seed of pilots, samples and order.
+        log_sn_mse_ratio: Predict ``alloc/sn_mse_ratio`` (with ``em``, ``self_normalized`` and ``head``); scoring then
+            takes a few per cent longer.
 
     Raises:
         ValueError: An argument is out of range, or two do not fit.
@@ -127,9 +130,10 @@ class DynamicSampleAllocation(TensorBoardCharts):
         log_histograms: bool = True,
         save_rollouts: bool = False,
         seed: int = 0,
+        log_sn_mse_ratio: bool = True,
     ) -> None:
         # for the check that a checkpoint was made with the same settings
-        settings = {k: v for k, v in locals().items() if k not in ("self", "log_histograms", "save_rollouts")}
+        settings = {k: v for k, v in locals().items() if k not in _NOT_SETTINGS}
         self._settings = hashlib.sha256(repr(sorted(settings.items(), key=str)).encode()).hexdigest()
         check_choice("objective", objective, ("em", "reward", "reward_baseline", *_SUPERVISED))
         self.supervised = objective in _SUPERVISED
@@ -149,6 +153,7 @@ class DynamicSampleAllocation(TensorBoardCharts):
         self.e_step = EStep(
             self.rule, estimator, advantage, pilot_mode, pilot_samples, grad_norm, moment,
             None if grad_norm_params is None else tuple(grad_norm_params), accept_threshold, max_weight_ratio,
+            log_sn_mse_ratio,
         )  # fmt: skip
         if budget is None and not self.supervised and pilot_mode == "reuse" and pilot_samples >= samples_per_prompt:
             raise ValueError(

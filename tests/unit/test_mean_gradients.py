@@ -107,7 +107,14 @@ def test_what_is_logged_is_what_whole_gradients_give(mode):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"objective": "reward"}, {"estimator": "flat"}, {"grad_norm": "none"}, {"warmup_iterations": 9}]
+    "kwargs",
+    [
+        {"objective": "reward"},
+        {"estimator": "flat"},
+        {"grad_norm": "none"},
+        {"warmup_iterations": 9},
+        {"log_sn_mse_ratio": False},
+    ],
 )
 def test_nothing_is_logged_where_it_means_nothing(kwargs):
     allocation, done = DynamicSampleAllocation(**kwargs), []
