@@ -15,7 +15,7 @@ from lightning_grad._validate import check_choice, check_int
 from lightning_grad.allocation.batch_size import BatchPlan
 from lightning_grad.data.adaptive import AdaptiveDataLoader
 from lightning_grad.data.batch_course import MicroBatch, check_power_of_two
-from lightning_grad.statistics.collector import samples_in
+from lightning_grad.statistics.sample_grads import samples_in
 
 
 class WatchDriver:
@@ -106,6 +106,11 @@ class PlanSettings:
     ) -> None:
         if max_micro is not None:
             check_int("max_micro_batch_size", max_micro, 1)
+            if max_micro > max_batch:
+                raise ValueError(
+                    f"`max_micro_batch_size`={max_micro} is above `max_batch_size`={max_batch}, a whole step on all"
+                    " processes, and would never be reached; lower it or raise `max_batch_size`."
+                )
         check_power_of_two("min_accumulate", min_accumulate)
         check_int("round_to", round_to, 1)
         check_choice("quantize", quantize, ("none", "pow2"))

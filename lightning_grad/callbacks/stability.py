@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -189,6 +189,8 @@ class StabilityMonitor(_StepHook):
                 f"StabilityMonitor: no limit of the learning rate is known for {type(optimizer).__name__} as it is set"
                 " up here; curvature is logged without one."
             )
+        if not trainer.loggers:
+            rank_zero_warn("StabilityMonitor measures nothing: the Trainer has no logger to write to. Give it one.")
         weights = _weights(pl_module)
         if not self.distance_from_init or not trainer.loggers:
             self._initial = []

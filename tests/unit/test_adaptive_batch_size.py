@@ -396,6 +396,8 @@ def test_samples_budget_stops_the_run():
 def test_refusals():
     with pytest.raises(ValueError, match=r"`max_batch_size` \(4\) is below the batch .* 8 = 1 processes"):
         fit(Mean(), AdaptiveBatchSize(4))
+    with pytest.raises(ValueError, match="`max_micro_batch_size`=65 is above `max_batch_size`=64"):
+        AdaptiveBatchSize(64, max_micro_batch_size=65)
     with pytest.raises(ValueError, match="`accumulate_grad_batches` must be a power of two, got 3: use 2 or 4"):
         fit(Mean(), AdaptiveBatchSize(64), accumulate_grad_batches=3)
     with pytest.raises(MisconfigurationException, match=r"overfit_batches.*mode='monitor'"):

@@ -129,7 +129,9 @@ def test_nothing_is_computed_without_a_logger(monkeypatch):
         raise AssertionError("computed")
 
     monkeypatch.setattr("lightning_grad.callbacks.stability.curvature_operator", forbidden)
-    fit([StabilityMonitor(every_n_steps=1)], logger=False)
+    with pytest.warns(UserWarning, match="StabilityMonitor measures nothing: the Trainer has no logger") as warned:
+        fit([StabilityMonitor(every_n_steps=1)], logger=False)
+    assert sum("measures nothing" in str(w.message) for w in warned) == 1
     with pytest.raises(AssertionError):
         fit([StabilityMonitor(every_n_steps=1)])
 
