@@ -9,7 +9,6 @@ epochs, the rate 0.16 against intervals and numbers of products.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 from lightning_grad import LanczosLearningRate, LinearDecayLR
 from lightning_grad.demos import DigitsData, DigitsMLP, RecordLogger, RecordMetrics
-from lightning_grad.demos.comparison import quiet
+from lightning_grad.demos.comparison import comparison_parser, parse_comparison
 
 RATES = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 PLAIN = {"max_growth": None, "early": False, "smooth_falls": True}
@@ -69,13 +68,10 @@ def train(settings: dict[str, Any] | None, lr: float, decay: bool, seed: int, ep
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="one epoch, to see that everything works")
+    parser = comparison_parser(__doc__)
     parser.add_argument("--long", action="store_true", help="forty epochs, another table and no picture")
-    parser.add_argument("--out", type=Path, help="folder for compare.png")
-    options = parser.parse_args()
-    short = options.short
-    quiet()
+    options = parse_comparison(parser, __file__)
+    short, plot = options.short, options.plot
     epochs, seeds, rates = (1, (0,), RATES[3:4]) if short else (10, (11, 12, 13), RATES)
     started = time.perf_counter()
     if options.long:
@@ -85,9 +81,8 @@ def main() -> None:
     best = [rates[losses.index(min(losses))] for losses in grid]
     print(f"grid on seed 9: {[[round(loss, 3) for loss in losses] for losses in grid]}, best {best}")
     means, curves = table(KINDS, best, seeds, epochs)
-    target = (options.out or (Path() if short else Path(__file__).parent)) / "compare.png"
-    draw(rates, grid, means, curves, target)
-    print(f"drawn: {target}; {time.perf_counter() - started:.0f} s")
+    draw(rates, grid, means, curves, plot)
+    print(f"drawn: {plot}; {time.perf_counter() - started:.0f} s")
 
 
 def table(

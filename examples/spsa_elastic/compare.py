@@ -24,7 +24,7 @@ import torch
 
 from lightning_grad import ElasticSPSAStrategy
 from lightning_grad.demos import DigitsData, DigitsMLP
-from lightning_grad.demos.comparison import quiet
+from lightning_grad.demos.comparison import comparison_parser, parse_comparison
 from lightning_grad.spsa import Journal, digest64, replay
 from lightning_grad.spsa.auth import Authenticator
 from lightning_grad.spsa.observer import Observer
@@ -155,13 +155,10 @@ def accuracy(model: DigitsMLP) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="few steps, to see that everything works")
+    parser = comparison_parser(__doc__)
     parser.add_argument("--nursery", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=1000, help="steps of the run")
-    parser.add_argument("--out", type=Path, help="folder for compare.png")
-    args = parser.parse_args()
-    quiet()
+    args = parse_comparison(parser, __file__)
     if args.nursery:
         Nursery.serve(args.nursery, args.steps, args.out)
         return
@@ -192,8 +189,7 @@ def main() -> None:
     axes[1].step(range(steps), answers, where="post")
     axes[1].set(xlabel="step", title="workers that answered", ylim=(0, 4))
     figure.tight_layout()
-    folder = args.out or (Path() if args.short else HERE)
-    figure.savefig(folder / "compare.png", dpi=110)
+    figure.savefig(args.plot, dpi=110)
 
 
 if __name__ == "__main__":

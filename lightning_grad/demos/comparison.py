@@ -29,13 +29,25 @@ def comparison(doc: str | None, script: str) -> Comparison:
     Returns:
         ``short``, whether a few steps are enough, and ``plot``, the file to draw into.
     """
+    options = parse_comparison(comparison_parser(doc), script)
+    return Comparison(options.short, options.plot)
+
+
+def comparison_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The parser of :func:`comparison`, for a script that adds options of its own."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a few steps, to see that everything works")
     parser.add_argument("--out", type=Path, help="folder for compare.png")
+    return parser
+
+
+def parse_comparison(parser: argparse.ArgumentParser, script: str) -> argparse.Namespace:
+    """Do what :func:`comparison` does, and return all options; ``plot`` is one of them."""
     options = parser.parse_args()
     quiet()
     folder = options.out or (Path() if options.short else Path(script).parent)
-    return Comparison(options.short, folder / "compare.png")
+    options.plot = folder / "compare.png"
+    return options
 
 
 def quiet() -> None:
