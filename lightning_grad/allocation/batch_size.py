@@ -346,7 +346,7 @@ class BatchSizeController:
                 self._averages[name] = self.ema * old + (1.0 - self.ema) * value
                 mean[name] = self._averages[name] / correction
         n, q = stats.n_groups, stats.group_size
-        noise = stats._noise_per_trace
+        noise = stats.noise_per_trace
         grad_sq = mean["sq_norm"] + (mean["trace_cov"] * noise if unbiased else 0.0)
         blocks = mean["tensor_sq_norm"]
         if blocks is not None and unbiased:

@@ -92,7 +92,10 @@ def _parameters(module: Any, names: tuple[str, ...] | None) -> list[Tensor]:
     known = dict(module.named_parameters())
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
-        raise ValueError(f"`grad_norm_params` names {unknown[0]!r}, which {type(module).__name__} does not have.")
+        raise ValueError(
+            f"`grad_norm_params` names {unknown[0]!r}, which {type(module).__name__} does not have; its parameters are"
+            f" {', '.join(list(known)[:5])}{' and others' if len(known) > 5 else ''}."
+        )
     return [p for name, p in known.items() if p.requires_grad and (names is None or name in names)]
 
 

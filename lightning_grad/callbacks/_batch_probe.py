@@ -15,9 +15,10 @@ from lightning_grad._validate import check_choice, check_int
 from lightning_grad.callbacks._batch_checks import MAX_COPIES
 from lightning_grad.callbacks._batch_drivers import WatchDriver
 from lightning_grad.callbacks._step_loss import step_loss
-from lightning_grad.statistics.collector import Estimator, NoiseCollector, samples_in
+from lightning_grad.statistics.collector import Estimator, NoiseCollector
 from lightning_grad.statistics.ghost import UnsupportedLayerError, is_norm_layer
 from lightning_grad.statistics.gradient_noise import GradStats
+from lightning_grad.statistics.sample_grads import samples_in
 
 AUTO_INTERVAL: dict[str, int] = {"micro_batch": 2, "ghost": 8, "vmap": 50}
 """Optimizer steps between tests that keep the cost of measuring below a twentieth of a step."""

@@ -73,7 +73,8 @@ class PromptAllocation:
         m = len(loader.prompts)
         if settings.prompts_per_iteration is not None and settings.prompts_per_iteration > m:
             raise MisconfigurationException(
-                f"prompts_per_iteration={settings.prompts_per_iteration} exceeds the {m} prompts of the data."
+                f"prompts_per_iteration={settings.prompts_per_iteration} exceeds the {m} prompts of the data;"
+                " lower it, or leave it out for all of them."
             )
         rule = e_step.rule
         if rule.floor > rule.min_samples:

@@ -104,6 +104,7 @@ class ScoreHistory:
         if len(state["known"]) != len(self.known):
             raise ValueError(
                 f"the checkpoint holds the scores of {len(state['known'])} examples, this run has {len(self.known)}."
+                " Use the same data set or start without the checkpoint."
             )
         self.known = state["known"].clone()
         self.fresh = state["fresh"].clone() if who.rank == 0 else torch.zeros_like(self.known)

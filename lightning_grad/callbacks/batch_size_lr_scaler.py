@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_grad._validate import check_choice, check_int, check_range
 from lightning_grad.allocation.batch_lr import NEEDS_CRITICAL_BATCH, RULES, Rule, lr_factor
 from lightning_grad.optim.group_edits import GroupEdits
-from lightning_grad.statistics.sample_grads import batch_axis
+from lightning_grad.statistics.sample_grads import samples_in
 
 CriticalBatch = float | Literal["noise_scale", "curvature"]
 
@@ -199,10 +199,7 @@ class BatchSizeLRScaler(pl.Callback):
     ) -> None:
         k = trainer.accumulate_grad_batches
         if batch_idx % k == 0:
-            samples = batch_axis(batch)
-            if samples is None:
-                raise ValueError("BatchSizeLRScaler cannot tell the batch size: the batch holds no tensor.")
-            self.set_batch_size(samples * k * trainer.world_size)
+            self.set_batch_size(samples_in(batch) * k * trainer.world_size)
             self.log_to(pl_module, trainer)
 
     @override

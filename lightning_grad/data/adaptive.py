@@ -108,8 +108,8 @@ class AdaptiveBatchSampler(PositionedBatchSampler[MicroBatch]):
         world, rank = self.sampler.num_replicas, self.sampler.rank
         if total < course.accumulate * world:
             raise ValueError(
-                f"the dataset of {total} samples is smaller than accumulate*world = {course.accumulate}*{world}: some"
-                " micro-batches would be empty."
+                f"the dataset of {total} samples is smaller than one sample for each of the {course.accumulate}"
+                f" micro-batches of a step on {world} processes; accumulate fewer."
             )
         while True:
             size = course.form(total, world, self.drop_last)

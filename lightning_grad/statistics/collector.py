@@ -19,7 +19,6 @@ from lightning_grad.statistics.ghost import GhostRecorder
 from lightning_grad.statistics.gradient_noise import GradStats, LeafGradients, squared_norms
 from lightning_grad.statistics.sample_grads import (
     SampleLoss,
-    batch_axis,
     per_sample_directional,
     per_sample_grads,
     refuse_batchnorm,
@@ -234,15 +233,3 @@ class NoiseCollector:
             if hooks is not None:
                 hooks.remove()
         self._leaves = self._ghost = None
-
-
-def samples_in(batch: Any) -> int:
-    """Samples of a batch: the length of the first axis of its first tensor.
-
-    Raises:
-        ValueError: There is no tensor with an axis.
-    """
-    samples = batch_axis(batch)
-    if samples is None:
-        raise ValueError("the batch holds no tensor with a batch axis, so its number of samples is unknown.")
-    return samples

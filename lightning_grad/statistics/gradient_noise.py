@@ -70,10 +70,11 @@ class GradStats:
     @property
     def mean_noise(self) -> float:
         r"""Noise in the batch gradient: :math:`S/b`, times :math:`1 - b/N` if ``population`` is given."""
-        return self.trace_cov * self._noise_per_trace
+        return self.trace_cov * self.noise_per_trace
 
     @property
-    def _noise_per_trace(self) -> float:
+    def noise_per_trace(self) -> float:
+        r"""What :math:`S` is multiplied by to give :attr:`mean_noise`."""
         left = 1.0 if self.population is None else max(0.0, 1.0 - self.batch_size / self.population)
         return left / self.batch_size
 
@@ -105,7 +106,7 @@ class GradStats:
         """The squared gradient norm of each block, as ``denominator`` says."""
         if self.denominator == "biased" or self.tensor_grad_sq is None or self.tensor_trace_cov is None:
             return self.tensor_grad_sq
-        return self.tensor_grad_sq - self.tensor_trace_cov * self._noise_per_trace
+        return self.tensor_grad_sq - self.tensor_trace_cov * self.noise_per_trace
 
     @property
     def finite(self) -> bool:

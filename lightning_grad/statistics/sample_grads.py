@@ -31,12 +31,25 @@ def batch_axis(batch: Any) -> int | None:
     return next((len(t) for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.dim() > 0), None)
 
 
+def samples_in(batch: Any) -> int:
+    """Samples of a batch: the length of the first axis of its first tensor.
+
+    Raises:
+        ValueError: There is no tensor with an axis.
+    """
+    samples = batch_axis(batch)
+    if samples is None:
+        raise ValueError("the batch holds no tensor with a batch axis, so its number of samples is unknown.")
+    return samples
+
+
 def refuse_batchnorm(model: nn.Module, allow: bool) -> None:
     """Raise if a BatchNorm in training mode would turn the gradient of a sample into that of another function."""
     if not allow and any(isinstance(m, _BATCH_NORM) and m.training for m in model.modules()):
         raise ValueError(
-            "`method='vmap'` would normalise every sample by its own statistics in a BatchNorm in training mode: the"
-            " gradient of another function. Use 'micro_batch' or 'ghost', or pass allow_batchnorm=True to do it anyway."
+            "'vmap' would normalise every sample by its own statistics in a BatchNorm in training mode: the gradient of"
+            " another function. Use the estimator 'micro_batch' or 'ghost'; functions that have the argument do it all"
+            " the same with allow_batchnorm=True."
         )
 
 
@@ -93,9 +106,7 @@ def per_sample_grads(
     Yields:
         For each chunk, ``name -> [chunk, *shape]``.
     """
-    samples = batch_axis(batch)
-    if samples is None:
-        raise ValueError("`batch` holds no tensor with a batch axis.")
+    samples = samples_in(batch)
     values = {name: p.detach() for name, p in params.items()}
     if chunk_size is None:
         floats = sum(p.numel() for p in values.values())
@@ -110,9 +121,7 @@ def per_sample_directional(
     loss: SampleLoss, params: Mapping[str, Tensor], direction: Mapping[str, Tensor], batch: Any
 ) -> Tensor:
     """Inner product of each sample's gradient with ``direction``, by one forward-mode derivative of the losses."""
-    samples = batch_axis(batch)
-    if samples is None:
-        raise ValueError("`batch` holds no tensor with a batch axis.")
+    samples = samples_in(batch)
     leaves, axes, spec = next(_split(batch, samples, samples))
     values = {name: p.detach() for name, p in params.items() if name in direction}
     rest = {name: p.detach() for name, p in params.items() if name not in direction}
