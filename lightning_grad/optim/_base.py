@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_grad.optim._buckets import Layout, Plan, Unit, make_plan
+from lightning_grad.optim._buckets import Layout, Plan, Scratch, Unit, make_plan
 from lightning_grad.optim._checkpoint import check_state_dict, placed
 from lightning_grad.optim._checks import (
     NON_NEGATIVE,
@@ -27,9 +27,8 @@ from lightning_grad.optim._executors import (
     Hyper,
     Rule,
     State,
-    blocks,
     load,
-    real_view,
+    pieces,
     run_compiled,
     run_differentiable,
     run_in_place,
@@ -236,15 +235,7 @@ class RuleOptimizer(Optimizer):
 
     def _forget_plans(self) -> None:
         self._plans: dict[int, Plan] = {}
-        self._pool: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-
-    def _scratch(self, device: torch.device, dtype: torch.dtype, numel: int) -> tuple[Tensor, Tensor]:
-        """Two buffers that all gathered units of a device and dtype use in turn."""
-        pair = self._pool.get((device, dtype))
-        if pair is None or pair[0].numel() < numel:
-            pair = (torch.empty(numel, dtype=dtype, device=device), torch.empty(numel, dtype=dtype, device=device))
-            self._pool[device, dtype] = pair
-        return pair
+        self._scratch = Scratch()
 
     def _plan(self, index: int, group: Group) -> Plan | None:
         """The layout of a group for the parameters that have gradients now."""
@@ -404,25 +395,8 @@ class RuleOptimizer(Optimizer):
 
     def _measured(self, group: Group, unit: Unit, h: Hyper) -> Iterator[Tensor]:
         """:meth:`measure` of a unit block by block, in float64."""
-        for p, g, state in self._pieces(group, unit):
+        for p, g, state in pieces(unit, list(self.state_names(group)), self._block):
             yield self.measure(p, -g if group["maximize"] else g, state, h).double()
-
-    def _pieces(self, group: Group, unit: Unit) -> Iterator[tuple[Tensor, Tensor, State]]:
-        """Values, gradients and states of a unit, block by block, in the dtype of computation."""
-        dtype = unit.compute_dtype
-        if unit.listed:
-            for index, (member, grad) in enumerate(zip(unit.members, unit.grads, strict=True)):
-                state = {name: real_view(member.state[name]).to(dtype) for name in self.state_names(group)}
-                noise = {"noise": unit.noise[index]} if unit.noise else {}
-                yield real_view(member.param).clone().to(dtype), grad.to(dtype), {**state, **noise}
-            return
-        p, g = load(unit)
-        size, inputs = self._block(p), unit.inputs()
-        for pb, gb, *states in zip(*(blocks(t, size) for t in (p, g, *inputs.values())), strict=True):
-            state = {name: t.to(dtype) for name, t in zip(inputs, states, strict=True)}
-            if unit.generator is not None:
-                state["noise"] = torch.empty_like(pb, dtype=dtype).normal_(generator=unit.generator)
-            yield pb.to(dtype), gb.to(dtype), state
 
 
 def _own(value: Any) -> Any:

@@ -7,7 +7,7 @@ parameter is a unit of its own and is updated in place through a flat view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import is_
@@ -148,6 +148,21 @@ class Plan:
         )
 
 
+class Scratch:
+    """Two buffers for each device and dtype, which all gathered units use in turn."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def take(self, device: torch.device, dtype: torch.dtype, numel: int) -> tuple[Tensor, Tensor]:
+        """The two buffers, of at least ``numel`` elements."""
+        pair = self._pairs.get((device, dtype))
+        if pair is None or pair[0].numel() < numel:
+            pair = (torch.empty(numel, dtype=dtype, device=device), torch.empty(numel, dtype=dtype, device=device))
+            self._pairs[device, dtype] = pair
+        return pair
+
+
 @dataclass(frozen=True)
 class Layout:
     """What decides the shape of a plan."""
@@ -162,7 +177,7 @@ class Layout:
     split_1d: bool  # parameters with ndim <= 1 get no weight decay
     small: int  # parameters below this are gathered
     capacity: int  # elements of a gathered unit
-    scratch: Callable[[torch.device, torch.dtype, int], tuple[Tensor, Tensor]]
+    scratch: Scratch
 
 
 def compute_dtype_of(param: Tensor) -> torch.dtype:
@@ -262,7 +277,7 @@ def _flat_unit(group: list[Member], layout: Layout) -> Unit:
         members = torch.arange(len(group)).repeat_interleave(counts)
         unit.rows = (members.to(unit.device), counts.to(unit.device, unit.compute_dtype))
     if gathered:
-        value, grad = layout.scratch(unit.device, unit.compute_dtype, total)
+        value, grad = layout.scratch.take(unit.device, unit.compute_dtype, total)
         unit.scratch = (value[:total].view(unit.shape), grad[:total].view(unit.shape))
         unit.views = [value.as_strided(*place) for place in places]
         unit.grad_views = [grad.as_strided(*place) for place in places]

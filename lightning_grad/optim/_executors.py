@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -47,6 +47,32 @@ def store(unit: Unit) -> None:
 def blocks(tensor: Tensor, size: int) -> tuple[Tensor, ...]:
     """Pieces of at most ``size`` along the first dimension."""
     return (tensor,) if tensor.shape[0] <= size else tensor.split(size)
+
+
+def pieces(
+    unit: Unit, names: list[str], block: Callable[[Tensor], int]
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """Values, gradients and states of a unit, block by block, in the dtype of computation.
+
+    Args:
+        unit: The unit.
+        names: Of the states.
+        block: Elements (or rows) of a block of a flat tensor.
+    """
+    dtype = unit.compute_dtype
+    if unit.listed:
+        for index, (member, grad) in enumerate(zip(unit.members, unit.grads, strict=True)):
+            state = {name: real_view(member.state[name]).to(dtype) for name in names}
+            noise = {"noise": unit.noise[index]} if unit.noise else {}
+            yield real_view(member.param).clone().to(dtype), grad.to(dtype), {**state, **noise}
+        return
+    p, g = load(unit)
+    size, inputs = block(p), unit.inputs()
+    for pb, gb, *states in zip(*(blocks(t, size) for t in (p, g, *inputs.values())), strict=True):
+        state = {name: t.to(dtype) for name, t in zip(inputs, states, strict=True)}
+        if unit.generator is not None:
+            state["noise"] = torch.empty_like(pb, dtype=dtype).normal_(generator=unit.generator)
+        yield pb.to(dtype), gb.to(dtype), state
 
 
 def run_in_place(

@@ -118,27 +118,38 @@ class OptimisticOMD(_Optimistic):
 
     @override
     def prologue(self, groups: list[Group], totals: list[Tensor]) -> list[dict[str, Tensor]]:
-        first, sums = self.param_groups[0], torch.stack(totals)
+        sums = torch.stack(totals)
+        eta, next_eta = self._step_sizes(groups, sums[:, 0].sum())
+        scalars = [{"eta": now, "next_eta": then} for now, then in zip(eta, next_eta, strict=True)]
+        if self.param_groups[0]["project"]:
+            radius, (yy, yg, gg) = self.param_groups[0]["diameter"] / 2, sums[:, 1:].unbind(1)
+            inside, yy, yg = _ball(radius, eta, yy, yg, gg)
+            next_inside, _, _ = _ball(radius, next_eta, yy, yg, gg)
+            scalars = [{**s, "inside": inside, "next_inside": next_inside} for s in scalars]
+        return scalars
+
+    def _step_sizes(self, groups: list[Group], change: Tensor) -> tuple[Tensor, Tensor]:
+        """Step sizes of the groups, at the point that the gradient belongs to and at the next.
+
+        Args:
+            groups: The groups that have gradients.
+            change: Square of the distance of the gradient from the last one.
+        """
+        first = self.param_groups[0]
         rounds, variation = self.shared(first, "rounds", 0.0) + 1, self.shared(first, "variation", 0.0)
-        grown = variation + sums[:, 0].sum()
+        grown = variation + change
         scale_known = first["step_rule"] != "convex" or first["delta"] is not None or _square_scale(first) > 1e-8
         start = _step_size(first, rounds, variation if scale_known else grown)
         following = _step_size(first, rounds + 1, grown)
         self.set_shared(first, "rounds", rounds)
         self.set_shared(first, "variation", grown)
-        scalars = []
+        pairs = []
         for group in groups:
-            eta = self.shared(group, "eta", -1.0)  # of the point the gradient belongs to; not known at the first step
-            eta, next_eta = torch.where(eta < 0, group["lr"] * start, eta), group["lr"] * following
-            self.set_shared(group, "eta", next_eta)
-            scalars.append({"eta": eta, "next_eta": next_eta})
-        if first["project"]:
-            eta, next_eta = (torch.stack([s[name] for s in scalars]) for name in ("eta", "next_eta"))
-            yy, yg, gg = sums[:, 1:].unbind(1)
-            inside, yy, yg = _ball(first["diameter"] / 2, eta, yy, yg, gg)
-            next_inside, _, _ = _ball(first["diameter"] / 2, next_eta, yy, yg, gg)
-            return [{**s, "inside": inside, "next_inside": next_inside} for s in scalars]
-        return scalars
+            eta = self.shared(group, "eta", -1.0)  # not known at the first step
+            pairs.append((torch.where(eta < 0, group["lr"] * start, eta), group["lr"] * following))
+            self.set_shared(group, "eta", pairs[-1][1])
+        eta, next_eta = (torch.stack(column) for column in zip(*pairs, strict=True))
+        return eta, next_eta
 
     @override
     @staticmethod

@@ -77,6 +77,7 @@ REFUSED = {
         for name in ("eps", "weight_decay", "delta", "b0", "temperature", "v_init", "lipschitz", "smoothness")
     },
 }
+REFUSED["eps"].append((None, "eps must be >= 0, got None (type NoneType, not a number)"))
 
 CASES = [
     Case(

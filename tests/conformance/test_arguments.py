@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lightning_grad.optim import AdamP, DiffGrad, OptimisticFTRL, OptimisticOMD
 from tests.conformance.cases import (
     CASES,
     REFUSED,
@@ -55,6 +56,30 @@ def test_switches_that_exclude_each_other(case: Case) -> None:
         case.cls([], **case.kwargs[0])
     with pytest.raises(TypeError, match="fused"):
         case.cls(make_params(), **case.kwargs[0], fused=True)
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "text"),
+    [
+        (DiffGrad, {"betas": (0.9,)}, "betas must be a pair of numbers, got (0.9,)"),
+        (DiffGrad, {"foreach": "yes"}, "foreach must be True, False or None, got 'yes'"),
+        (DiffGrad, {"state_dtype": "bf16"}, "state_dtype must be 'param' or 'float32', got 'bf16'"),
+        (DiffGrad, {"maximize": 1}, "maximize must be True or False, got 1"),
+        (DiffGrad, {"lr": torch.ones(2)}, "Tensor lr must be 1-element"),
+        (DiffGrad, {"weight_decay": 2e10}, "weight_decay must be >= 0 and at most 1e+10, got 20000000000.0"),
+        (OptimisticFTRL, {"nu": 2e20}, "nu must be >= 1e-10 and at most 1e+20, got 2e+20"),
+        (DiffGrad, {"lr": torch.tensor(1.0), "capturable": True, "foreach": True, "weight_decay": 1e10}, None),
+        (AdamP, {"wd_ratio": 1.0}, None),
+        (OptimisticOMD, {"delta": None}, None),
+    ],
+)
+def test_what_is_refused_and_what_is_not(cls: Any, kwargs: dict[str, Any], text: str | None) -> None:
+    if text is None:
+        cls(make_params(), **kwargs)
+        return
+    with pytest.raises(ValueError) as error:
+        cls(make_params(), **kwargs)
+    assert str(error.value) == text
 
 
 @every

@@ -205,7 +205,7 @@ def test_shapes_of_samples_lr_in_numbers():
         schedule = SamplesLR(one_parameter()[1], 1000, base, **kwargs)
         return [schedule.factor(s) for s in samples]
 
-    assert factors("cooldown", (800, 850, 900, 950, 1000)) == pytest.approx([1.0, 0.775, 0.55, 0.325, 0.1])
+    assert factors("cooldown", (800, 810, 900, 950, 1000)) == pytest.approx([1.0, 0.955, 0.55, 0.325, 0.1])
     assert factors("cooldown", (250, 500, 750), cooldown_fraction=1.0, final=0.0) == pytest.approx([0.75, 0.5, 0.25])
     # without a warm-up the decay begins after a hundredth of the samples
     assert factors("inverse_sqrt", (0, 5, 10, 40)) == pytest.approx([1.0, 1.0, 1.0, 0.5])
@@ -241,6 +241,7 @@ def test_samples_lr_counts_alone_or_says_that_it_cannot():
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([0.1 * max(0, 1 - (t + 1) / 10) for t in range(12)])
+    assert schedule.last_epoch == 12
     for known in ({"total_samples": 100}, {"samples_per_step": 10}):
         lost = SamplesLR(one_parameter()[1], **known)
         with pytest.raises(RuntimeError, match="does not know how many samples"):

@@ -135,6 +135,7 @@ def test_a_second_cooldown_goes_on_from_the_present_rate(shape):
     for step in range(10):
         if step in (6, 8):
             schedule.start_cooldown(4 if step == 6 else 2)
+            assert schedule.factor(step) == pytest.approx(optimizer.param_groups[0]["lr"])
         seen.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
@@ -210,6 +211,7 @@ def test_a_tensor_learning_rate_stays_the_same_object():
     schedule = LinearDecayLR(optimizer, total=4)
     optimizer.step()
     schedule.step()
+    schedule.load_state_dict(schedule.state_dict())
     assert optimizer.param_groups[0]["lr"] is lr
     assert lr == 0.375
 

@@ -136,6 +136,7 @@ def test_what_all_parameters_share_cannot_differ_between_groups():
 def test_constant_gradient_has_no_variation_after_the_first():
     x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     optimizer = OptimisticOMD([x])
+    assert optimizer.stats() == OptimisticFTRL([x]).stats() == {}
     for _ in range(5):
         x.grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
         optimizer.step()
