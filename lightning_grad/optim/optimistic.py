@@ -40,7 +40,8 @@ class OptimisticOMD(_Optimistic):
         lr: Multiplies the step size, >= 0.
         step_rule: ``"convex"``, ``"strongly_convex"`` or ``"constant"``.
         diameter: Diameter :math:`D` of the domain, > 0.
-        project: Keep the parameters in the ball of that diameter around their initial values (:math:`\Pi`).
+        project: Keep the parameters in the ball of that diameter around their initial values (:math:`\Pi`); in a step
+            in which some have no gradient, those that have one.
         lipschitz: Bound :math:`G` of the gradient norm, >= 0; 0: not known.
         smoothness: Smoothness :math:`L` of the loss, >= 0; 0: not known.
         strong_convexity: :math:`\mu`, >= 0; must be > 0 for ``"strongly_convex"``.
@@ -183,7 +184,8 @@ class OptimisticFTRL(_Optimistic):
         nu: :math:`\nu`, >= 1e-10; ``None``: :math:`2 D G` if ``lipschitz`` is given, else 1.
         lipschitz: Bound :math:`G` of the gradient norm, >= 0; 0: not known.
         project: Keep the parameters in the ball of that diameter around their initial values (:math:`\Pi`).
-        lr: Multiplies the step size, >= 0, for schedulers; the regret bound is for 1.
+        lr: Multiplies the step size, >= 0, for schedulers; the regret bound is for 1. The sum of all gradients is
+            scaled, so that a smaller value moves the parameters back towards their start.
         **switches: ``maximize``, ``foreach``, ``compile``, ``capturable``, ``differentiable``, ``decay_1d``,
             ``state_dtype``, ``stochastic_rounding``.
 

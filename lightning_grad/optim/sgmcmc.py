@@ -133,10 +133,10 @@ class SGLD(_Langevin):
     Args:
         params: Parameters or parameter groups, as for :class:`torch.optim.Optimizer`.
         lr: Step size :math:`\eta`, >= 0.
-        n_data: Number of training samples N; 0: filled in by the callback ``BindDataSize`` (``lightning-grad`` has it).
+        n_data: Training samples N, >= 1; 0: filled in by the callback ``BindDataSize`` (``lightning-grad`` has it).
         temperature: :math:`\tau`, >= 0; 1 is the posterior, 0 is SGD.
         weight_decay: Adds ``weight_decay * p`` to the gradient, >= 0.
-        seed: Seed of the noise; ``None``: the global seed.
+        seed: Seed of the noise, in [0, 2^63); ``None``: the global seed.
         sphere: Keep every tensor (ndim >= 1, not zero) on the sphere of its initial norm.
         **switches: ``maximize``, ``foreach``, ``compile``, ``capturable``, ``differentiable``, ``decay_1d``,
             ``state_dtype``, ``stochastic_rounding``.
@@ -217,10 +217,10 @@ class PSGLD(_Langevin):
     Args:
         params: Parameters or parameter groups, as for :class:`torch.optim.Optimizer`.
         lr: Step size :math:`\eta`, >= 0.
-        n_data: Number of training samples N; 0: filled in by the callback ``BindDataSize`` (``lightning-grad`` has it).
+        n_data: Training samples N, >= 1; 0: filled in by the callback ``BindDataSize`` (``lightning-grad`` has it).
         temperature: :math:`\tau`, >= 0; 1 is the posterior, 0 is RMSprop.
         weight_decay: Adds ``weight_decay * p`` to the gradient, >= 0.
-        seed: Seed of the noise; ``None``: the global seed.
+        seed: Seed of the noise, in [0, 2^63); ``None``: the global seed.
         alpha: Decay of the average, in [0, 1).
         lam: :math:`\lambda`, >= 1e-12.
         v_init: Initial V, >= 0; with 0 the first steps are up to :math:`1 / \sqrt{1 - \alpha}` times larger.
@@ -285,10 +285,10 @@ class SGHMC(_Langevin):
     Args:
         params: Parameters or parameter groups, as for :class:`torch.optim.Optimizer`.
         lr: Step size :math:`\eta`, >= 0.
-        n_data: Number of training samples N; 0: filled in by the callback ``BindDataSize`` (``lightning-grad`` has it).
+        n_data: Training samples N, >= 1; 0: filled in by the callback ``BindDataSize`` (``lightning-grad`` has it).
         temperature: :math:`\tau`, >= 0; 1 is the posterior, 0 is SGD with momentum ``1 - friction``.
         weight_decay: Adds ``weight_decay * p`` to the gradient, >= 0.
-        seed: Seed of the noise; ``None``: the global seed.
+        seed: Seed of the noise, in [0, 2^63); ``None``: the global seed.
         friction: f, in (0, 1].
         **switches: ``maximize``, ``foreach``, ``compile``, ``capturable``, ``differentiable``, ``decay_1d``,
             ``state_dtype``, ``stochastic_rounding``.
