@@ -3,7 +3,9 @@
 Importing this package makes the bare class names below usable in LightningCLI YAML.
 """
 
-from lightning_grad._command import answers_alone
+from typing import TYPE_CHECKING
+
+from lightning_grad._command import answers_alone, load_classes
 
 __version__ = "0.1.0.dev0"
 
@@ -53,6 +55,14 @@ if not answers_alone():
     from lightning_grad.precision import NVFP4FSDPPrecision, NVFP4Precision
     from lightning_grad.sampling import CausalLMSamplingModule, JSONLPrompts, RolloutDataModule
     from lightning_grad.strategies import ElasticSPSAStrategy, SharedSeedSPSAStrategy
+elif not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        load_classes()
+        return globals()[name]
+
 
 __all__ = [
     "CABS",

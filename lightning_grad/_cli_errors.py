@@ -34,6 +34,7 @@ class _Finding:
     key: str
     class_path: str | None
     subtypes: str
+    given: str
 
 
 # Lines that repeat the input or list what else the parser tried
@@ -64,6 +65,8 @@ def one_line(message: str, known_keys: Iterable[str] = (), config_file: str = ""
     unknown = re.search(r"does not accept option '([^']+)'|[Uu]nrecognized arguments: (?:--)?([^\s=]+)", message)
     if unknown:
         name = unknown[1] or unknown[2]
+        if name.endswith((".yaml", ".yml", ".json")):
+            return f"`{name}` is not an option. A config file comes after `-c`: -c {name}."
         return f"`{name}` is not an option.{_misspelt_key(name, known_keys)}"
     if match := re.fullmatch(r"the following arguments are required: (?:\w+\.)?(\w+)", message):
         return f"`{match[1]}` is required: set it in a config (-c FILE)" + (
@@ -73,6 +76,9 @@ def one_line(message: str, known_keys: Iterable[str] = (), config_file: str = ""
         fault = message.partition(":")[2].replace('"<unicode string>"', repr(config_file))
         tab = " A line is indented with a tab; YAML takes spaces only." if _has_tabs(config_file) else ""
         return f"The config file is not valid YAML: {_joined(fault)}.{tab}"
+    if message.startswith("Unexpected config"):
+        found = _joined(message.partition(":")[2]) or "nothing"
+        return f"The config file {config_file} must hold lines `key: value`; it has {found}."
     if match := re.match(r'expected "subcommand" to be one of \{(.*)\}, but it was not provided', message):
         names = match[1].replace(",", ", ")
         return f"the command is missing: `lightning-grad fit -c {config_file or 'CONFIG'}`. There are {names}."
@@ -93,11 +99,14 @@ def one_line(message: str, known_keys: Iterable[str] = (), config_file: str = ""
     plain = [f for f in typed if re.match(r"Expected a (<class '(int|float|str)'>|typing\.Literal)", f.text)]
     if telling and not (plain and plain[0].key == telling[0].key):
         return _quoted(telling[0].key) + _explain(telling[0])
-    if not (wanted := plain or typed):
-        return _joined(message)
-    expected = " or ".join(dict.fromkeys(_type_name(f.text) for f in wanted))
     given = re.search(r"(?:Given value|Got value): (.*)", message)
     got = given[1] if given else "something else"
+    if not (wanted := plain or typed):
+        if wrong := next((f for f in findings if _NOT_A_SUBCLASS in f.text), None):
+            base = wrong.text.rpartition(" ")[2]
+            return f"{_quoted(wrong.key)}{got} is no {base}.{_where_it_goes(_short(got))}"
+        return _joined(message)
+    expected = " or ".join(dict.fromkeys(_type_name(f.text) for f in wanted))
     return f"{_quoted(wanted[0].key)}expected {expected}, got {got!r}.{_where_it_goes(got)}"
 
 
@@ -139,6 +148,8 @@ def raised_by_us(error: BaseException) -> bool:
 
 
 def _findings(message: str) -> Iterator[_Finding]:
+    value = re.search(r"Given value: (.*)", message)
+    given = value[1] if value else ""
     scopes: list[tuple[int, str, str]] = []  # indent, kind, value
     pending: list[str] = []
     for raw in message.splitlines():
@@ -162,13 +173,15 @@ def _findings(message: str) -> Iterator[_Finding]:
         if bare and not bare.startswith(_NOISE):
             key = ".".join(value for _, kind, value in scopes if kind == "key")
             classes = [value for _, kind, value in scopes if kind == "class"]
-            yield _Finding(bare, key, classes[-1] if classes else None, pending[0] if pending else "")
+            yield _Finding(bare, key, classes[-1] if classes else None, pending[0] if pending else "", given)
 
 
 def _explain(finding: _Finding) -> str:
     text, owner = finding.text, finding.class_path
     if match := re.match(r"Option '([^']+)' is not accepted", text):
         name = match[1]
+        if name == "class_path":  # the class was not even looked up
+            return "beside `class_path` there may be `init_args` only, and the arguments of the class go under it."
         if owner is not None and _import(owner) in _bases(finding.subtypes):
             return f"name the class before its argument `{name}`: --{finding.key} CLASS, or `class_path:` in YAML."
         accepted = _arguments(owner)
@@ -177,7 +190,7 @@ def _explain(finding: _Finding) -> str:
     if match := re.match(r"Expected a dot import path string: (.*)", text):
         names = sorted({cls.__name__ for cls in _subclasses(finding.subtypes)})
         hint = _where_it_goes(match[1]) or _did_you_mean(match[1], names)
-        hint = hint or " Give the full import path, package.module.Class."
+        hint = hint or f" Give its import path, e.g. my_file.{match[1]} for a class in my_file.py."
         return f"no class named {match[1]!r} is known.{hint}"
     if match := re.match(r"the following arguments are required: (.*)", text):
         return f"{_short(owner)} needs a value for {match[1]}."
@@ -187,7 +200,10 @@ def _explain(finding: _Finding) -> str:
         return f"cannot import {owner!r}: {text}.{_did_you_mean(name, siblings)}"
     if match := re.match(r"Multiple subclasses with name (.*)", text):
         return f"several classes are named {match[1]}"
-    return text if text.endswith((".", "!", "?")) else text + "."
+    text = text if text.endswith((".", "!", "?")) else text + "."
+    if re.fullmatch(r"\w+(\.\w+)+", finding.given) and _import(finding.given) is None:
+        return f"cannot import {finding.given!r}: {text}"
+    return text
 
 
 def _arguments(class_path: str | None) -> list[str]:
@@ -263,6 +279,8 @@ def _misspelt_key(name: str, known_keys: Iterable[str]) -> str:
     """A hint for the first part of a dotted key that does not exist."""
     paths = [key.split(".") for key in known_keys]
     parts = name.split(".")
+    if inner := next((key for key in known_keys if key.endswith(f".{name}")), None):
+        return f" Did you mean `{inner}`?"
     for depth in range(1, len(parts) + 1):
         known = {".".join(path[:depth]) for path in paths if path[: depth - 1] == parts[: depth - 1]}
         if ".".join(parts[:depth]) not in known:

@@ -6,7 +6,7 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from importlib import import_module, reload
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +17,8 @@ _QUESTIONS = ("-h", "--help", "--version")
 _BEFORE_A_COMMAND = ("-c", "--config", "--print_config", "--print_completion")
 _SCRIPTS = (PROG, f"{PROG}.exe", f"{PROG}-script.py")
 SUMMARY = "Train with research-frontier SGD methods: LightningCLI with the classes of lightning_grad."
+
+_classes_wanted = False
 
 
 class Tool(NamedTuple):
@@ -73,6 +75,7 @@ def main(args: Sequence[str] | None = None) -> int:
         refuse(PROG, f"the command comes before its options: `{PROG} {command} {first} ...`.")
     if any(word.startswith("--print_completion") for word in words) and find_spec("shtab") is None:
         refuse(PROG, 'shell completion needs the package shtab: pip install "lightning-grad[completion]".')
+    load_classes()
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # as `python -m` does, so that a model in this directory can be named
     from lightning_grad.cli import run_trainer_command
@@ -86,12 +89,23 @@ def answers_alone() -> bool:
 
     The package imports all its classes, so that they are known by name in YAML; then it need not.
     """
+    if _classes_wanted:
+        return False
     called = list(zip(sys.orig_argv, sys.orig_argv[1:], strict=False))
     # while Python looks for the module of `-m`, argv[0] is "-m"
     as_module = sys.argv[:1] == ["-m"] and ("-m", "lightning_grad") in called
     if not as_module and Path(sys.argv[0] if sys.argv else "").name not in _SCRIPTS:
         return False
     return not "".join(sys.argv[1:2]).startswith((*TRAINER_COMMANDS, *_BEFORE_A_COMMAND))
+
+
+def load_classes() -> None:
+    """Import the classes of the package in a process that looked as if it needed none."""
+    global _classes_wanted
+    package = sys.modules["lightning_grad"]
+    if not vars(package).keys() >= set(package.__all__):
+        _classes_wanted = True
+        reload(package)
 
 
 def help_text() -> str:

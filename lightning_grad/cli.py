@@ -226,6 +226,8 @@ class LightningGradCLI(LightningCLI):
         """Instantiate the Trainer with what an exact resume needs, unless the config has it already."""
         section = self._section(self.config_init)
         configured = section.get("trainer") or {}
+        if not isinstance(configured, Namespace | dict):
+            raise ConfigError(f"`trainer` takes settings like max_epochs, got {configured!r}.")
         callbacks = kwargs.pop("callbacks", None) or configured.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         callbacks.append(_SetupErrors())

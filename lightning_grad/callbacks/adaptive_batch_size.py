@@ -253,8 +253,8 @@ class AdaptiveBatchSize(TensorBoardCharts):
         if self.mode != "monitor" and self.controller.max_batch_size < first:
             raise ValueError(
                 f"`max_batch_size` ({self.controller.max_batch_size}) is below the batch that the run starts with:"
-                f" {first} = {plan.world} processes * {plan.accumulate} accumulated * {plan.micro} of the loader. Raise it,"
-                " or lower one of those."
+                f" {first} = {plan.world} processes * {plan.accumulate} accumulated * {plan.micro} of the loader."
+                " Raise it, or lower one of those."
             )
         if self.plans.max_micro is None:
             self.plans.max_micro = plan.micro

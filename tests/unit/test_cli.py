@@ -280,7 +280,21 @@ def test_what_needs_no_lightning_starts_without_it(tmp_path: Path, words: list[s
     assert not loaded & unloaded
 
 
+def test_a_process_that_looks_like_a_question_gets_the_classes_when_it_asks(tmp_path: Path):
+    code = (
+        "import sys; sys.argv = ['lightning-grad']\n"
+        "import lightning_grad; assert 'lightning' not in sys.modules\n"
+        "from lightning_grad import DiffGrad, StabilityMonitor\n"
+        "assert set(lightning_grad.__all__) <= vars(lightning_grad).keys()\n"
+        "assert not hasattr(lightning_grad, 'nothing')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_program_that_only_resembles_the_command_gets_the_classes(monkeypatch):
+    monkeypatch.setattr(command, "_classes_wanted", False)
     for argv, orig in ((["advise.py"], []), (["-m", "advise"], ["python", "-m", "train", "advise"])):
         monkeypatch.setattr(sys, "argv", argv)
         monkeypatch.setattr(sys, "orig_argv", orig)

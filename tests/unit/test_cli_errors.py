@@ -66,6 +66,12 @@ WORDS = [
     (["--ckpt_path=nowhere.ckpt"], "`ckpt_path`: there is no checkpoint 'nowhere.ckpt'."),
     # a wrong class path
     (["--model=Tinny"], "`model`: no class named 'Tinny' is known. Did you mean `Tiny`?"),
+    (
+        ["--model=Mine"],
+        "`model`: no class named 'Mine' is known. Give its import path, e.g. my_file.Mine for a class in",
+    ),
+    (["--model=boom.Mine"], "`model`: cannot import 'boom.Mine': not today."),
+    (["c.yaml"], "`c.yaml` is not an option. A config file comes after `-c`: -c c.yaml."),
     (["--model=nowhere.Tiny"], "`model`: cannot import 'nowhere.Tiny': No module named 'nowhere'."),
     ([f"--model={HERE}Tinny"], f"`model`: cannot import '{HERE}Tinny': module"),
     (["--optimizer=DifGrad"], "`optimizer`: no class named 'DifGrad' is known. Did you mean `DiffGrad`?"),
@@ -98,6 +104,10 @@ WORDS = [
         "`--optimizer.help`: no class named 'AdaptiveBatchSize' is known here. AdaptiveBatchSize is a callback: "
         "--trainer.callbacks=AdaptiveBatchSize, and --trainer.callbacks.help=AdaptiveBatchSize for its arguments.",
     ),
+    (
+        ["--optimizer=lightning_grad.AdaptiveBatchSize"],
+        "`optimizer`: lightning_grad.AdaptiveBatchSize is no Optimizer.",
+    ),
     (["--trainer.strategy=ElasticSPSAStrategy"], "`trainer`: ElasticSPSAStrategy has arguments to set: add --trainer."),
     (["--trainer.precision=NVFP4Precision"], "`trainer.precision`: expected int or 'transformer-engine' or"),
 ]
@@ -105,6 +115,7 @@ WORDS = [
 
 @pytest.mark.parametrize(("words", "text"), WORDS, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_words(capsys, words: list[str], text: str):
+    Path("boom.py").write_text("raise RuntimeError('not today')")
     assert refused(capsys, ["fit", *MODEL, *DATA, *QUIET, *words]).startswith(text)
 
 
@@ -116,6 +127,11 @@ CONFIGS = [
         "optimiser: {class_path: SGD, init_args: {lr: 1}}",
         "`optimiser.init_args.lr` is not an option. Did you mean `opt",
     ),
+    ("trainer: 3", "`trainer` takes settings like max_epochs, got 3."),
+    ("- a", "The config file c.yaml must hold lines `key: value`; it has - a."),
+    ("", "The config file c.yaml must hold lines `key: value`; it has nothing."),
+    ("max_epochs: 3", "`max_epochs` is not an option. Did you mean `trainer.max_epochs`?"),
+    ("optimizer: {class_path: SGD, lr: 0.1}", "`optimizer`: beside `class_path` there may be `init_args` only"),
     ("trainer:\n  a: 1\n b: 2", "The config file is not valid YAML: "),
     ("trainer:\n\ta: 1", "The config file is not valid YAML: while scanning for the next token found character that"),
     (
