@@ -139,6 +139,20 @@ def test_resume_is_bit_exact_where_gradients_come_and_go(case: Case) -> None:
 
 
 @every
+def test_resume_where_the_first_parameter_is_frozen(case: Case) -> None:
+    # what all parameters share is kept with the first
+    a = make_params()
+    first = case.cls(a, **{**case.kwargs[0], **heat(case)})
+    run(first, a[1:], range(2))
+    b = clones(a)
+    second = case.cls(b, **{**case.kwargs[0], **heat(case)})
+    second.load_state_dict(through_file(first.state_dict()))
+    run(first, a[1:], range(2, 4))
+    run(second, b[1:], range(2, 4))
+    assert all_equal(a, b)
+
+
+@every
 def test_copies_and_pickles_go_on_alike(case: Case) -> None:
     a = make_params()
     first = case.cls(a, **{**case.kwargs[0], **heat(case)})
