@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.cli import SaveConfigCallback as _SaveConfigCallback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 import lightning_grad
@@ -257,6 +258,12 @@ class LightningGradCLI(LightningCLI):
             for key in ("optimizer_groups", "no_decay", "lr_scheduler"):
                 if section.get(key):
                     raise ConfigError(f"`{key}` needs an `optimizer` in the config; the model's own cannot be split.")
+            if self.config_init.get("subcommand") == "fit" and not is_overridden("configure_optimizers", self.model):
+                name = type(self.model).__name__
+                raise ConfigError(
+                    f"{name} has no `configure_optimizers` and the config no `optimizer`. Name one, e.g."
+                    " --optimizer=AdamW --optimizer.lr=1e-3."
+                )
             return None
         return OptimizerPlan(
             optimizer=optimizer,

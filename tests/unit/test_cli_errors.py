@@ -88,6 +88,7 @@ WORDS = [
     ),
     (["--optimizer=Rprop", "--no_decay=[norm]"], "`no_decay`: Rprop has no `weight_decay`."),
     (["--no_decay=[norm]"], "`no_decay` needs an `optimizer` in the config"),
+    ([], "Tiny has no `configure_optimizers` and the config no `optimizer`. Name one, e.g. --optimizer=AdamW"),
     # found when the run is set up
     ([*SGD, f"--trainer.callbacks={HERE}RefusesAtStart"], "RefusesAtStart needs a map-style dataset. Use another one."),
     (
