@@ -128,13 +128,15 @@ def _optimal(weights: Tensor, budget: int, low: Tensor, high: Tensor) -> Tensor:
     """
 
     def at(inverse: float) -> Tensor:
-        x = weights * inverse
-        n = torch.ceil((torch.sqrt(1 + 4 * x * x) - 1) / 2).clamp(max=float(budget)).long()
-        return torch.minimum(torch.maximum(n, low), high)
+        x = weights * inverse  # in place from here on: half of the time would go to fresh memory
+        x = x.square_().mul_(4.0).add_(1.0).sqrt_().sub_(1.0).mul_(0.5).ceil_().clamp_(max=float(budget))
+        n = torch.maximum(x.long(), low)
+        return torch.minimum(n, high, out=n)
 
     m, total_weight = weights.numel(), float(weights.sum())
     close = max(1024, m // 64)  # so few units are quickly given by sorting
     best, below, above = low, 2**0.5 / float(weights.max()), float("inf")  # below, nobody has a second unit by weight
+    over: Tensor | None = None  # the plan at `above`
     guess = max((budget + 0.5 * m) / total_weight, below)  # n is about w / d - 1/2
     for step in range(200):
         if budget - int(best.sum()) <= close:
@@ -145,6 +147,9 @@ def _optimal(weights: Tensor, budget: int, low: Tensor, high: Tensor) -> Tensor:
             best, below = n, guess
         else:
             above = guess
+            over = n
+        if over is not None and int(torch.sub(over, best).max()) <= 1:
+            break  # nobody's second unit is in between: the first ones by size, however many are equal
         # away from the bounds sums are close to linear in 1/d and a proportional step lands; near them halving does
         near = guess * (budget + 0.5 * m) / (total + 0.5 * m)
         guess = near if step % 2 == 0 and below < near < above else min(4 * below, (below * above) ** 0.5)
