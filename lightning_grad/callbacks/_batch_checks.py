@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_grad._lightning import missing_for_variable_length
 from lightning_grad.callbacks._batch_drivers import PlanSettings
+from lightning_grad.strategies._spsa_base import SPSABase
 
 MAX_COPIES = 4
 """Gradients of micro-batches that may be kept for inner products."""
@@ -28,6 +29,8 @@ def refuse(trainer: pl.Trainer, pl_module: pl.LightningModule, mode: str) -> Non
     reason = None
     if not pl_module.automatic_optimization:
         reason = "manual optimization: the callback cannot know which backward passes make a step"
+    elif isinstance(trainer.strategy, SPSABase):
+        reason = f"{name}: there are no gradients whose noise could be measured. Set the batch size in the loader"
     elif trainer.strategy.handles_gradient_accumulation or "DeepSpeed" in name:
         reason = f"{name}: it counts accumulation itself. Use a DDP strategy"
     elif "FSDP" in name or "ModelParallel" in name:

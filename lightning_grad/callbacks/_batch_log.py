@@ -38,8 +38,8 @@ class BatchLog:
         steps: int,
         changed: bool,
     ) -> None:
-        """Log the step that was just done: the batch size always, the rest when Lightning would or it changed."""
-        pl_module.log("batching/batch_size", float(plan.batch_size), prog_bar=True, batch_size=1)
+        """Log the first step, those that Lightning would log, and those that changed the batch size."""
+        pl_module.log("batching/batch_size", float(plan.batch_size), prog_bar=True, logger=False, batch_size=1)
         if scaler is not None and scaler.log_values:
             scaler.log_to(pl_module, trainer)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -59,6 +59,7 @@ class BatchLog:
     ) -> dict[str, float]:
         """Tags and values of one step; those of a test only where there was one and they are finite."""
         values = {
+            "batching/batch_size": float(plan.batch_size),
             "batching/micro_batch_size": float(plan.micro),
             "batching/accumulate": float(plan.accumulate),
             "batching/samples_seen": float(samples_seen),

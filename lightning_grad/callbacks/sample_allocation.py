@@ -243,8 +243,8 @@ class DynamicSampleAllocation(TensorBoardCharts):
         if not isinstance(loader, wanted):
             raise MisconfigurationException(
                 f"DynamicSampleAllocation(objective={self.objective!r}) needs the training loader to be a"
-                f" {wanted.__name__}, got {type(loader).__name__}. A DataLoader reads its data before the first"
-                " allocation is made."
+                f" {wanted.__module__}.{wanted.__name__}, got {type(loader).__name__}. A DataLoader reads its"
+                " data before the first allocation is made."
             )
         if isinstance(loader, AllocatedLoader):
             kind, decay, seed = self.objective, self.settings.history_decay, self.settings.seed

@@ -220,6 +220,18 @@ class StabilityMonitor(_StepHook):
         except FloatingPointError:
             self._skip()
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Detach, and say what a run too short for the interval has missed."""
+        super().on_train_end(trainer, pl_module)
+        if trainer.loggers and 1 < trainer.global_step <= self.every_n_steps:
+            adam = is_adam(trainer.optimizers[0])
+            rank_zero_info(
+                f"StabilityMonitor measured once in {trainer.global_step} steps, at step 0"
+                f"{', where Adam has no second moments yet and so no limit is known' if adam else ''};"
+                f" every_n_steps={max(1, trainer.global_step // 10)} gives ten measurements (each costs"
+                " tens of steps)."
+            )
+
     def _skip(self) -> None:
         self._skipped += 1
         self._pending["stability/skipped"] = float(self._skipped)

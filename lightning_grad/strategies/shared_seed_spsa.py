@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
@@ -158,6 +159,8 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
         if self._lr is None:
             super().setup_optimizers(trainer)
         else:
+            if is_overridden("configure_optimizers", self._net(), pl.LightningModule):
+                rank_zero_info(f"SPSA: `lr` ({self._lr:g}) is the strategy's; configure_optimizers is not called.")
             trained = [p for p in self._net().parameters() if p.requires_grad]
             self.optimizers = [torch.optim.SGD(trained, lr=self._lr)] if trained else []
 

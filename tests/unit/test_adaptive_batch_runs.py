@@ -212,6 +212,15 @@ def test_digits_are_learnt_as_well_in_far_fewer_steps():
     assert steps[1] < steps[0] / 5
 
 
+def test_a_run_shorter_than_the_logging_interval_shows_its_batch_size(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    fit(Net(n=40, batch=4, lr=1e-2), AdaptiveBatchSize(8), logger=logger, log_every_n_steps=50, max_epochs=1,
+        limit_val_batches=0)  # fmt: skip
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("batching/batch_size")
+    assert (events[0].step, events[0].value) == (0, 4)
+
+
 def test_tensorboard_shows_batch_noise_test_samples_and_learning_rate(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="")
     callback = AdaptiveBatchSize(

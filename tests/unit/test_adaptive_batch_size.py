@@ -11,7 +11,13 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_grad import AdaptiveBatchSize, BatchSizeLRScaler, RandomStateCheckpoint, SamplesLR
+from lightning_grad import (
+    AdaptiveBatchSize,
+    BatchSizeLRScaler,
+    RandomStateCheckpoint,
+    SamplesLR,
+    SharedSeedSPSAStrategy,
+)
 from lightning_grad.allocation.batch_size import (
     CABS,
     AugmentedInnerProductTest,
@@ -406,6 +412,8 @@ def test_refusals():
         fit(Mean(), AdaptiveBatchSize(64), limit_train_batches=0.5)
     with pytest.raises(MisconfigurationException, match="GradientAccumulationScheduler"):
         fit(Mean(), AdaptiveBatchSize(64), GradientAccumulationScheduler({0: 2}))
+    with pytest.raises(MisconfigurationException, match="SharedSeedSPSAStrategy: there are no gradients"):
+        fit(Mean(), AdaptiveBatchSize(64), strategy=SharedSeedSPSAStrategy(lr=1e-4))
     manual = Mean()
     manual.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match="manual optimization"):

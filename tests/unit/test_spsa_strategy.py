@@ -423,7 +423,9 @@ def test_an_optimizer_without_a_rate_and_one_with_more_than_a_rate(tmp_path, cap
             with_optimizer(lambda m: Rateless(m.parameters())))  # fmt: skip
     with caplog.at_level("INFO"):
         fit(tmp_path / "k", model=with_optimizer(lambda m: torch.optim.Adam(m.parameters(), lr=2.0**-6)))
-    assert "SPSA: only the learning rate of Adam is used" in caplog.text
+        assert "SPSA: only the learning rate of Adam is used" in caplog.text
+        fit(tmp_path / "l", lr=2.0**-6, model=with_optimizer(lambda m: torch.optim.Adam(m.parameters(), lr=1.0)))
+    assert "SPSA: `lr` (0.015625) is the strategy's; configure_optimizers is not called" in caplog.text
 
 
 def test_what_belongs_to_ddp_reaches_it():

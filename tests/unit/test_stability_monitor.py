@@ -359,3 +359,14 @@ def test_an_optimizer_without_a_limit_is_named(nesterov, said, caplog):
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         fit([StabilityMonitor(every_n_steps=5)], model, steps=1)
     assert ("no limit of the learning rate is known for SGD" in caplog.text) == said
+
+
+@pytest.mark.parametrize(("optimizer", "steps", "said"), [
+    (torch.optim.SGD, 20, "measured once in 20 steps, at step 0; every_n_steps=2 "),
+    (torch.optim.AdamW, 20, "where Adam has no second moments yet and so no limit is known; every_n_steps=2 "),
+    (torch.optim.SGD, 21, None),
+])  # fmt: skip
+def test_a_run_too_short_for_a_second_measurement_says_so(optimizer, steps, said, caplog):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        fit([StabilityMonitor(every_n_steps=20, k=3)], Net(lambda p: optimizer(p, lr=1e-3)), steps=steps)
+    assert said in caplog.text if said else "measured once" not in caplog.text
