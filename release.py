@@ -61,7 +61,7 @@ USES = {
     "hf": ("wheel", False, [BASE, HF]),
     "minilm": ("wheel", False, [BASE, MINILM]),
     "demo": ("wheel", False, [BASE, DEMO]),
-    "docs": ("sdist", True, ["mkdocs build --strict --quiet --site-dir site"]),
+    "docs": ("sdist", True, ["mkdocs build --strict --site-dir site"]),
     "test": ("sdist", True, ["ruff --version", "pytest -q tests/unit/test_random.py tests/unit/test_diffgrad.py"]),
     "te": ("wheel", False, [BASE, "\nimport transformer_engine.pytorch"]),
 }

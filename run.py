@@ -309,8 +309,9 @@ def answer(python, expression, cwd=None):
 
 
 def pages(rest):
+    # without --quiet, which also hides the warnings from --strict
     with tempfile.TemporaryDirectory() as folder:
-        return call(in_venv("python"), "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder)
+        return call(in_venv("python"), "-m", "mkdocs", "build", "--strict", "--site-dir", folder)
 
 
 STAGES = {
@@ -366,7 +367,7 @@ def docs(options, rest):
     environment(EXTRAS["docs"])
     if options.serve:
         return call(in_venv("python"), "-m", "mkdocs", "serve", *rest)
-    status = call(in_venv("python"), "-m", "mkdocs", "build", "--strict", "--quiet", *rest)
+    status = call(in_venv("python"), "-m", "mkdocs", "build", "--strict", *rest)
     if not status:
         say(f"Open {os.path.join(ROOT, 'site', 'index.html')}")
     return status

@@ -76,20 +76,32 @@ def _moved(link: re.Match[str]) -> str:
     return f"]({link[1]})" if link[0].startswith("](../") else f"](methods/{link[1]})"
 
 
+def which_method() -> str:
+    """The README's table of methods, with the links of a page in methods/."""
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## Every method\n(.*?\n(?:\|[^\n]*\n)+)", readme, re.MULTILINE | re.DOTALL)
+    section = re.sub(r"\[[^]]*\]\((examples/\w+)/README\.md\)", r"`\1`", section)  # examples are not on the site
+    for source, page in (("docs/methods/", ""), ("docs/", "../"), ("benchmarks/RESULTS.md", "../benchmarks.md")):
+        section = section.replace(f"]({source}", f"]({page}")
+    return f"## Which method\n{section}"
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add one reference page per room, the figures of the benchmarks, and what did not reproduce."""
     results = (PACKAGE.parent / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
     files.append(File.generated(config, "benchmarks.md", content=results.replace("# Results", "# Benchmarks", 1)))
     files.append(File.generated(config, "what_did_not_reproduce.md", content=not_reproduced()))
     index = ["# Reference", "", "Generated from the docstrings.", ""]
-    for room in rooms():
-        names = public_names(room)
-        if not names:
-            continue
+    documented = {room: names for room in rooms() if (names := public_names(room))}
+    for room, names in documented.items():
         summary = (import_module(f"lightning_grad.{room}").__doc__ or "").strip()
         lines = [f"# lightning_grad.{room}", "", summary, ""]
         for name in names:
-            lines += [f"::: {name}", ""]
+            origin = name.split(".")[1]
+            if origin != room and name in documented.get(origin, []):  # one description of an object, on one page
+                lines += [f"- [`{name.rpartition('.')[2]}`][{name}] is described with `lightning_grad.{origin}`", ""]
+            else:
+                lines += [f"::: {name}", ""]
         short = ", ".join(f"`{name.rpartition('.')[2]}`" for name in names)
         index.append(f"- [lightning_grad.{room}]({room}.md): {short}")
         files.append(File.generated(config, f"reference/{room}.md", content="\n".join(lines)))
@@ -98,15 +110,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """List the pages of the methods on their first page."""
+    """Show on the first page of the methods what each is for."""
     if page.file.src_uri != "methods/index.md":
         return markdown
-    lines = []
-    for path in sorted(Path(config.docs_dir, "methods").glob("*.md")):
-        title = re.search(r"^# (.+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-        if path.name != "index.md" and title:
-            lines.append(f"- [{title[1]}]({path.name})")
-    return markdown + "\n" + "\n".join(lines) + "\n"
+    before, heading, after = markdown.partition("## What all optimizers have in common")
+    return f"{before}{which_method()}\n{heading}{after}"
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -135,6 +135,16 @@ def test_a_folder_that_is_no_environment_is_left_alone(run):
     assert Path(run.VENV, "thesis.tex").read_text() == "years of work"
 
 
+def test_the_documentation_is_built_strictly(run, installs, monkeypatch):
+    calls = []
+    monkeypatch.setattr(run, "call", lambda *command: calls.append(command) or 0)
+    assert run.main(["docs"]) == run.main(["test", "--only", "docs"]) == 0
+    for command in calls:
+        assert "--strict" in command
+        assert "--quiet" not in command, "mkdocs then ignores its warnings, also under --strict"
+    assert len(calls) == 2
+
+
 def test_the_demo_ends_with_a_next_step(run, installs, monkeypatch, capsys):
     monkeypatch.setattr(run, "call", lambda *command: 0)
     assert run.main(["demo"]) == 0
