@@ -195,16 +195,20 @@ class DynamicSampleAllocation(TensorBoardCharts):
 
     @override
     def tensorboard_charts(self, trainer: pl.Trainer) -> Charts:
-        """Variance against an even split, budget, and acceptance."""
-        return {
-            "alloc": {
-                "predicted variance, 1 = even split": ["alloc/variance_ratio", "alloc/sn_mse_ratio"],
-                "samples of a prompt": ["alloc/n_min", "alloc/n_max"],
-                "budget": ["alloc/budget", "alloc/pilot_generated"],
-                "acceptance": ["alloc/acceptance_rate", "alloc/zero_accept_frac", "alloc/missing_frac"],
-                "acceptance by difficulty": ["alloc/acceptance_difficulty_*"],
-            }
+        """Variance against an even split; for prompts budget and acceptance, for examples their weights."""
+        charts = {"predicted variance, 1 = even split": ["alloc/variance_ratio", "alloc/sn_mse_ratio"]}
+        if self.supervised:
+            weights = {"largest weight": ["alloc/weight_max"], "effective number of examples": ["alloc/ess"]}
+            return {"alloc": charts | weights}
+        charts |= {
+            "samples of a prompt": ["alloc/n_min", "alloc/n_max"],
+            "budget": ["alloc/budget", "alloc/pilot_generated"],
+            "acceptance": ["alloc/acceptance_rate", "alloc/zero_accept_frac", "alloc/missing_frac"],
         }
+        loader = getattr(getattr(trainer, "datamodule", None), "loader", None)
+        if not isinstance(loader, RolloutLoader) or loader.difficulty is not None:  # or it is not known yet
+            charts["acceptance by difficulty"] = ["alloc/acceptance_difficulty_*"]
+        return {"alloc": charts}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

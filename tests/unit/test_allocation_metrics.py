@@ -1,5 +1,7 @@
 """Metrics of samples, and what a run with sample allocation leaves in TensorBoard's event file."""
 
+import fnmatch
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -9,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_grad import DynamicSampleAllocation
 from lightning_grad.allocation.integer import allocate
 from lightning_grad.sampling import AcceptanceRate, GroupSignal
+from tests.allocated_digits import AllocatedDigits, AllocatedDigitsData
 from tests.rollout_models import EasyPolicy, prompts, quiet_trainer
 
 
@@ -113,6 +116,25 @@ def test_the_event_file_holds_every_tag_with_the_right_value(tmp_path):
         assert histogram.num == 16
     assert {"alloc/hist_n", "alloc/hist_p", "alloc/hist_grad_norm"} == set(log.Tags()["histograms"])
     assert all(0 < ratio < 1 for ratio in value["variance_ratio"])
+
+
+@pytest.mark.parametrize("kind", ["difficulty", "no difficulty", "examples"])
+def test_no_chart_is_empty(tmp_path, kind):
+    objective = "importance" if kind == "examples" else "em"
+    allocation = DynamicSampleAllocation(samples_per_prompt=6, pilot_samples=3, objective=objective)
+    model, data = (AllocatedDigits(), AllocatedDigitsData()) if kind == "examples" else (EasyPolicy(), prompts(8))
+    if kind == "no difficulty":
+        data.loader.difficulty = None
+    trainer = quiet_trainer(
+        max_epochs=1, limit_val_batches=0, callbacks=[allocation], logger=TensorBoardLogger(tmp_path, "", "")
+    )
+    trainer.fit(model, datamodule=data)
+    log = EventAccumulator(str(tmp_path))
+    log.Reload()
+    charts = allocation.tensorboard_charts(trainer)["alloc"]
+    assert len(charts) == {"difficulty": 5, "no difficulty": 4, "examples": 3}[kind]
+    for title, tags in charts.items():
+        assert any(fnmatch.filter(log.Tags()["scalars"], tag) for tag in tags), title
 
 
 def test_predicted_variance_against_uniform():
