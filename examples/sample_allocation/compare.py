@@ -16,7 +16,7 @@ from lightning_grad import DynamicSampleAllocation
 from lightning_grad.allocation.e_step import EStep
 from lightning_grad.allocation.integer import allocate
 from lightning_grad.allocation.planner import AllocationRule
-from lightning_grad.allocation.sample_weights import allocation_weights
+from lightning_grad.allocation.prompt_weights import allocation_weights
 from lightning_grad.demos import ArithmeticPolicy, ArithmeticPrompts, comparison
 from lightning_grad.demos import arithmetic as chain
 from lightning_grad.demos.arithmetic_oracle import gradient_statistics, planned_ratios

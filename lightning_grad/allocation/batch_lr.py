@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from lightning_grad._validate import check_choice, check_int, check_range
 
 Rule = Literal["none", "linear", "sqrt", "power", "gain", "sqrt_gain", "surge", "wigner"]
-RULES: tuple[str, ...] = ("none", "linear", "sqrt", "power", "gain", "sqrt_gain", "surge", "wigner")
+RULES: tuple[str, ...] = get_args(Rule)
 NEEDS_CRITICAL_BATCH = frozenset({"gain", "sqrt_gain", "surge", "wigner"})
 
 

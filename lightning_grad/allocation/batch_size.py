@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -299,7 +299,7 @@ class BatchSizeController:
         self.min_batch_size = check_int("min_batch_size", min_batch_size, 1, max_batch_size)
         self.ema = check_range("ema", ema, 0.0, 1.0, "[)")
         self.denominator: Denominator = denominator
-        check_choice("denominator", denominator, ("biased", "unbiased"))
+        check_choice("denominator", denominator, get_args(Denominator))
         self.finite_population, self.allow_decrease = finite_population, allow_decrease
         self.max_growth = None if max_growth is None else check_range("max_growth", max_growth, 1.0, math.inf, "(]")
         self.min_change = check_range("min_change", min_change, 1.0, math.inf, "[)")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad._validate import check_choice, check_range
-from lightning_grad.allocation.sample_weights import Objective
+from lightning_grad.allocation.prompt_weights import Objective
 
 Estimator = Literal["self_normalized", "horvitz_thompson", "flat"]
 AdvantageKind = Literal["loo", "mean", "mean_std"]

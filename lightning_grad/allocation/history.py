@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad._validate import check_choice, check_int, check_range
-from lightning_grad.allocation.sample_weights import smooth_acceptance
+from lightning_grad.allocation.prompt_weights import smooth_acceptance
 
 Moment = Literal["rms", "mean"]
 

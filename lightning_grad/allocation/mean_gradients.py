@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_grad.allocation.sample_weights import predicted_sn_mse
+from lightning_grad.allocation.prompt_weights import predicted_sn_mse
 
 
 def gradient_sums(prompt_index: Tensor, vectors: Tensor, num_prompts: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_grad._validate import check_choice, check_int, check_range
 from lightning_grad.allocation.history import PromptHistory
 from lightning_grad.allocation.integer import Rounding, allocate, is_degenerate
-from lightning_grad.allocation.sample_weights import (
+from lightning_grad.allocation.prompt_weights import (
     Objective,
     ZeroPolicy,
     allocation_weights,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -28,7 +28,7 @@ from lightning_grad.callbacks._owns_lr import OwnsLearningRate
 from lightning_grad.callbacks._spectrum import log_spectrum, require_figures
 from lightning_grad.statistics.curvature import Mode
 from lightning_grad.statistics.curvature_lanczos import Spectrum, spectrum
-from lightning_grad.statistics.stability import curvature_lr, growth_limit, heavy_ball, smoothed_lr
+from lightning_grad.statistics.stability import LearningRateRule, curvature_lr, growth_limit, heavy_ball, smoothed_lr
 
 Mu = float | Literal["abs_min", "smallest_positive"]
 
@@ -126,7 +126,7 @@ class LanczosLearningRate(OwnsLearningRate):
         super().__init__()
         self.every_n_steps, self.k = check_int("every_n_steps", every_n_steps, 1), check_int("k", k, 2)
         self.num_probes = check_int("num_probes", num_probes, 1)
-        self.rule = check_choice("rule", rule, ("polyak", "inverse", "edge"))
+        self.rule = check_choice("rule", rule, get_args(LearningRateRule))
         self.momentum = check_choice("momentum", momentum, ("keep", "set"))
         if isinstance(mu, str):
             check_choice("mu", mu, ("abs_min", "smallest_positive"))
@@ -152,7 +152,7 @@ class LanczosLearningRate(OwnsLearningRate):
             raise ValueError(f"`momentum='set'` needs `rule='polyak'`, got {rule!r}.")
         self.spectrum, self.figure = spectrum, figure
         self.warmup_steps = check_int("warmup_steps", warmup_steps, 0)
-        check_choice("mode", mode, ("autograd", "finite_difference", "auto"))
+        check_choice("mode", mode, get_args(Mode))
         self.mode: Mode = mode
         self.seed = check_int("seed", seed, 0)
         self._lr: float | None = None

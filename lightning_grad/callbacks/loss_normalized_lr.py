@@ -76,7 +76,9 @@ class LossNormalizedLR(OwnsLearningRate):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, and read along what ``training_step`` returns."""
         if not pl_module.automatic_optimization:
-            raise MisconfigurationException("LossNormalizedLR does not work with manual optimization.")
+            raise MisconfigurationException(
+                "LossNormalizedLR does not work with manual optimization; use automatic optimization."
+            )
         super().on_fit_start(trainer, pl_module)
         step = pl_module.training_step
 

@@ -21,7 +21,7 @@ from lightning_grad.allocation.estimators import AdvantageKind, Estimator
 from lightning_grad.allocation.history import Moment
 from lightning_grad.allocation.integer import Rounding
 from lightning_grad.allocation.planner import AllocationRule, Cost
-from lightning_grad.allocation.sample_weights import ZeroPolicy
+from lightning_grad.allocation.prompt_weights import ZeroPolicy
 from lightning_grad.allocation.scoring import GradNorm, needed_method
 from lightning_grad.callbacks._prompt_allocation import IterationSettings, PromptAllocation
 from lightning_grad.callbacks._supervised_allocation import ScoreHistory

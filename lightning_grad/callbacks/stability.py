@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -126,7 +126,7 @@ class StabilityMonitor(_StepHook):
         self.oscillation_steps = check_int("oscillation_steps", oscillation_steps, 0)
         self.distance_from_init = distance_from_init
         self.dataset_size = None if dataset_size is None else check_int("dataset_size", dataset_size, 1)
-        check_choice("mode", mode, ("autograd", "finite_difference", "auto"))
+        check_choice("mode", mode, get_args(Mode))
         self.mode: Mode = mode
         self.seed = check_int("seed", seed, 0)
         self._pending: dict[str, float] = {}

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_grad.allocation.e_step import EStep
-from lightning_grad.allocation.sample_weights import Objective, predicted_variance
+from lightning_grad.allocation.prompt_weights import Objective, predicted_variance
 from lightning_grad.demos import arithmetic as chain
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class HessianOperator:
         reduce: Callable[[Tensor], Tensor] | None = None,
         scale: Tensor | None = None,
     ) -> None:
-        self.mode: str = check_choice("mode", mode, ("autograd", "finite_difference", "auto"))
+        self.mode: str = check_choice("mode", mode, get_args(Mode))
         self.params = _checked(params)
         self.size = sum(p.numel() for p in self.params)
         self.device, self.dtype = self.params[0].device, self.params[0].dtype

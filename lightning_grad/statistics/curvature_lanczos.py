@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def lanczos(matvec: MatVec, v0: Tensor, k: int, reorthogonalize: Reorthogonalize
         FloatingPointError: A product is not finite.
     """
     check_int("k", k, 1)
-    check_choice("reorthogonalize", reorthogonalize, ("full", "none"))
+    check_choice("reorthogonalize", reorthogonalize, get_args(Reorthogonalize))
     norm = _norm(v0)
     if not 0.0 < norm < math.inf:
         raise ValueError(f"`v0` must be finite and not zero, got the norm {norm:g}.")

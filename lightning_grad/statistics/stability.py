@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def curvature_lr(largest: float, momentum: float = 0.0, rule: str = "polyak", ne
     :math:`1/L`; ``edge`` the limit of stability, :math:`2 (1 + \beta)/L`, or :math:`2 (1 + \beta) / ((1 + 2\beta) L)`
     for Nesterov's momentum. At :math:`\beta = 0.9` the first is 3.797/L and the edge 3.800/L: use a safety factor.
     """
-    check_choice("rule", rule, ("polyak", "inverse", "edge"))
+    check_choice("rule", rule, get_args(LearningRateRule))
     check_range("largest", largest, 0.0, math.inf, "()")
     if rule == "inverse":
         return 1.0 / largest

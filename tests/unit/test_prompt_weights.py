@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_grad.allocation import estimators, importance
-from lightning_grad.allocation import sample_weights as sw
+from lightning_grad.allocation import prompt_weights as pw
 from lightning_grad.allocation.integer import allocate
 from tests.unit.tabular import TabularPolicy
 
@@ -30,7 +30,7 @@ def test_published_pipeline(alpha, beta):
     for _ in range(20):
         p = torch.randint(0, 9, (30,), generator=gen).double() / 8
         norm = torch.where(p > 0, torch.rand(30, generator=gen, dtype=torch.float64) * 9, 0.0)
-        weights = sw.allocation_weights(p, norm, alpha=alpha, beta=beta, zero_policy="drop")
+        weights = pw.allocation_weights(p, norm, alpha=alpha, beta=beta, zero_policy="drop")
         n = allocate(weights, 240, rounding="largest_remainder")
         assert n.tolist() == published_sizes(p.tolist(), norm.tolist(), 240, alpha, beta)
 
@@ -38,35 +38,35 @@ def test_published_pipeline(alpha, beta):
 def test_limits_and_peak():
     p = torch.linspace(0.05, 1, 40, dtype=torch.float64)
     ones = torch.ones(40)
-    torch.testing.assert_close(sw.allocation_weights(torch.ones(3), ones[:3], alpha=0.0), torch.ones(3).double())
-    torch.testing.assert_close(sw.allocation_weights(p, ones, alpha=0.0), p.rsqrt())
-    torch.testing.assert_close(sw.allocation_weights(p, p + 2, alpha=0.3, beta=1.0), (p + 2) / (p + 0.3).sqrt())
+    torch.testing.assert_close(pw.allocation_weights(torch.ones(3), ones[:3], alpha=0.0), torch.ones(3).double())
+    torch.testing.assert_close(pw.allocation_weights(p, ones, alpha=0.0), p.rsqrt())
+    torch.testing.assert_close(pw.allocation_weights(p, p + 2, alpha=0.3, beta=1.0), (p + 2) / (p + 0.3).sqrt())
     grid = torch.linspace(1e-4, 1, 1_000_000, dtype=torch.float64)
     for alpha, beta in [(1e-3, 2.0), (0.02, 3.0)]:
-        top = float(grid[sw.allocation_weights(grid, torch.ones_like(grid), alpha=alpha, beta=beta).argmax()])
+        top = float(grid[pw.allocation_weights(grid, torch.ones_like(grid), alpha=alpha, beta=beta).argmax()])
         assert top == pytest.approx((alpha * (beta - 1)) ** (1 / beta), abs=2e-6)  # two grid steps
 
 
 def test_missing_norms_shrink_and_cost():
     p = torch.full((4,), 0.5)
     norm = torch.tensor([1.0, float("nan"), 3.0, 0.0])
-    keep = sw.allocation_weights(p, norm, alpha=0.0)
+    keep = pw.allocation_weights(p, norm, alpha=0.0)
     assert keep[1] == keep[0]  # torch's median of (1, 3) is the lower one
-    drop = sw.allocation_weights(p, norm, alpha=0.0, zero_policy="drop", shrink=0.5)
+    drop = pw.allocation_weights(p, norm, alpha=0.0, zero_policy="drop", shrink=0.5)
     assert drop[1] == 0
     assert drop[3] == 0
-    uniform = sw.allocation_weights(p, norm, shrink=1.0)
+    uniform = pw.allocation_weights(p, norm, shrink=1.0)
     torch.testing.assert_close(uniform, torch.ones(4).double())
-    priced = sw.allocation_weights(p, torch.ones(4), alpha=0.0, cost=torch.tensor([1.0, 4.0, 9.0, 16.0]))
+    priced = pw.allocation_weights(p, torch.ones(4), alpha=0.0, cost=torch.tensor([1.0, 4.0, 9.0, 16.0]))
     torch.testing.assert_close(priced / priced[0], torch.tensor([1, 1 / 2, 1 / 3, 1 / 4]).double())
-    assert torch.equal(sw.fill_missing_norms(torch.zeros(3)), torch.ones(3).double())
+    assert torch.equal(pw.fill_missing_norms(torch.zeros(3)), torch.ones(3).double())
 
 
 def test_smoothing():
     torch.testing.assert_close(
-        sw.smooth_acceptance(torch.tensor([0, 3]), torch.tensor([0, 8])), torch.tensor([0.5, 3.5 / 9]).double()
+        pw.smooth_acceptance(torch.tensor([0, 3]), torch.tensor([0, 8])), torch.tensor([0.5, 3.5 / 9]).double()
     )
-    assert sw.smooth_acceptance(torch.tensor([0, 2]), torch.tensor([0, 8]), None).tolist() == [0.0, 0.25]
+    assert pw.smooth_acceptance(torch.tensor([0, 2]), torch.tensor([0, 8]), None).tolist() == [0.0, 0.25]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_variance_formulas_equal_enumeration(policy, objective):
     n = torch.arange(1, policy.m + 1)
     right, p = policy.right.double(), policy.p[:, None]
     coefficient = {"em": right / p, "reward": right, "reward_baseline": right - p}[objective]
-    got = sw.predicted_variance(
+    got = pw.predicted_variance(
         n,
         policy.p,
         policy.norm2,
@@ -103,13 +103,13 @@ def test_variance_formulas_equal_enumeration(policy, objective):
 def test_weights_minimise_their_own_bound(policy, objective):
     """At the real-valued optimum every other allocation of the same budget has a larger bound."""
     kw = {"objective": objective}
-    weights = sw.allocation_weights(
+    weights = pw.allocation_weights(
         policy.p, policy.norm2.sqrt(), alpha=0.0, grad_norm_rejected=policy.norm2_rejected.sqrt(), **kw
     )
     best = 96 * weights / weights.sum()
 
     def bound(n):
-        return sw.predicted_variance(n, policy.p, policy.norm2, grad_norm2_rejected=policy.norm2_rejected, **kw)
+        return pw.predicted_variance(n, policy.p, policy.norm2, grad_norm2_rejected=policy.norm2_rejected, **kw)
 
     scale = 10_000  # the function takes counts; large ones make the rounding negligible
     least = bound((best * scale).round().long())
@@ -121,10 +121,10 @@ def test_weights_minimise_their_own_bound(policy, objective):
 
 def test_wrong_objective_costs_more_than_uniform(policy):
     uniform = torch.full((policy.m,), 8)
-    wrong = allocate(sw.allocation_weights(policy.p, policy.norm2.sqrt()), 8 * policy.m)
-    right = allocate(sw.allocation_weights(policy.p, policy.norm2.sqrt(), objective="reward"), 8 * policy.m)
+    wrong = allocate(pw.allocation_weights(policy.p, policy.norm2.sqrt()), 8 * policy.m)
+    right = allocate(pw.allocation_weights(policy.p, policy.norm2.sqrt(), objective="reward"), 8 * policy.m)
     values = [
-        sw.predicted_variance(n, policy.p, policy.norm2, objective="reward", mean_grad_norm2=policy.mean2, exact=True)
+        pw.predicted_variance(n, policy.p, policy.norm2, objective="reward", mean_grad_norm2=policy.mean2, exact=True)
         for n in (right, uniform, wrong)
     ]
     assert values[0] < values[1] < values[2]
@@ -136,7 +136,7 @@ REPETITIONS = 20_000
 @pytest.mark.parametrize("objective", ["em", "reward"])
 def test_estimates_are_unbiased_with_the_predicted_variance(policy, objective):
     """Mean within 4.5 standard errors in each of 6 coordinates (false alarm 4e-5); trace variance within 3 %."""
-    n = allocate(sw.allocation_weights(policy.p, policy.norm2.sqrt(), objective=objective), 8 * policy.m, min_samples=1)
+    n = allocate(pw.allocation_weights(policy.p, policy.norm2.sqrt(), objective=objective), 8 * policy.m, min_samples=1)
     index, answer = policy.draw(n, REPETITIONS)
     accepted = policy.right[index].expand(REPETITIONS, -1, -1).gather(2, answer[..., None])[..., 0]
     kw = {"num_prompts": policy.m, "objective": objective}
@@ -149,7 +149,7 @@ def test_estimates_are_unbiased_with_the_predicted_variance(policy, objective):
     truth = (policy.mean if objective == "em" else policy.p[:, None] * policy.mean).mean(0)
     error = estimate.std(0) / REPETITIONS**0.5
     assert bool(((estimate.mean(0) - truth).abs() < 4.5 * error).all())
-    predicted = sw.predicted_variance(
+    predicted = pw.predicted_variance(
         n, policy.p, policy.norm2, objective=objective, mean_grad_norm2=policy.mean2, exact=True
     )
     assert float(estimate.var(0).sum()) == pytest.approx(predicted, rel=0.03)
@@ -164,7 +164,7 @@ def test_self_normalised_error_formula(policy):
     found = torch.zeros(REPETITIONS, policy.m, dtype=torch.float64).index_add_(1, index, accepted.double())
     estimate = (total / found.clamp_min(1)[..., None]).mean(1)
     mse = (estimate - policy.mean.mean(0)).square().sum(1).mean()
-    predicted = sw.predicted_sn_mse(n, policy.p, policy.norm2 - policy.mean2, policy.mean)
+    predicted = pw.predicted_sn_mse(n, policy.p, policy.norm2 - policy.mean2, policy.mean)
     assert float(mse) == pytest.approx(predicted, rel=0.03)
 
 
