@@ -47,10 +47,11 @@ def public_names(room: str) -> list[str]:
 
 
 def home(module: ModuleType, name: str) -> str:
-    """The full name under which a re-exported object was defined."""
+    """The full name under which a re-exported object was defined, if a reader may import it from there."""
     value = getattr(module, name)
     origin = str(getattr(value, "__module__", ""))
-    return f"{origin}.{name}" if origin.startswith("lightning_grad.") else f"{module.__name__}.{name}"
+    public = origin.startswith("lightning_grad.") and "._" not in origin
+    return f"{origin if public else module.__name__}.{name}"
 
 
 def not_reproduced() -> str:

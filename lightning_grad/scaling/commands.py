@@ -107,7 +107,7 @@ def advise(args: Sequence[str] | None = None) -> int:
 def scaling(args: Sequence[str] | None = None) -> int:
     """Fit a law to a CSV file; returns 2 after one line on stderr if the input is bad."""
     parser = _Parser(prog="lightning-grad scaling", description="Scaling laws from a table of runs.")
-    commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, parser_class=_Parser)
     fit = commands.add_parser("fit", help="fit a law, print a table and draw a plot")
     fit.add_argument("csv", type=Path, help="one row per run, names of columns in the first line")
     fit.add_argument("--law", choices=tuple(LAWS), help="default: chinchilla; power if only x and y are there")

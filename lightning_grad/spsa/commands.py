@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-grad spsa", description="Journals and stores of shared-seed SPSA runs."
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(required=True)
     inspect = commands.add_parser("inspect", help="print what a journal says")
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser("verify", help="replay a journal and compare its digests")

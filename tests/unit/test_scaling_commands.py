@@ -135,7 +135,7 @@ def test_bad_words_are_one_line(capsys, tmp_path):
     assert "got '1.2Q'" in one_line(capsys, "advise", "--params=1.2Q", "--tokens", "1")
     assert "--tokens" in one_line(capsys, "advise", "--params", "1e9")
     assert "positive integer" in one_line(capsys, "advise", "--params=1", "--tokens=1", "--seq-len=1.5")
-    assert "command" in one_line(capsys, "scaling")
+    assert "required: {fit}" in one_line(capsys, "scaling")
 
 
 def test_without_matplotlib_there_is_the_table_and_a_note(runs, capsys, monkeypatch):
