@@ -3,7 +3,7 @@
     python benchmarks/bench_nvfp4.py [--compile] [--rounds N]
 
 The NVFP4 layers run as under the plugin: the weight is quantized once per optimizer step, here once per pass.
-``--compile`` adds the compiled quantizers (the first call of each shape compiles for minutes on a slow machine).
+``--compile`` adds the compiled passes (the first calls compile for minutes on a slow machine).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 from lightning_grad._validate import check_choice
+from lightning_grad.nvfp4.compiled import CompiledBackend
 from lightning_grad.nvfp4.recipe import Backend
 from lightning_grad.nvfp4.torch_backend import TorchBackend
 
@@ -20,7 +21,7 @@ _NEEDS = {
     ),
     "triton": "It needs an NVIDIA GPU of compute capability >= 8.0 and triton >= 3.2 (CPU tests: TRITON_INTERPRET=1).",
 }
-_LOADED: dict[str, Backend] = {"torch": TorchBackend(), "torch+compile": TorchBackend(compiled=True)}
+_LOADED: dict[str, Backend] = {"torch": TorchBackend(), "torch+compile": CompiledBackend()}
 
 
 def describe(device: torch.device) -> str:

@@ -31,6 +31,7 @@ ScaleRounding = Literal["nearest", "up"]
 
 _EXPONENT = 0x7F800000
 _ONE = 0x3F800000
+_NAN = 0x7FC00000
 _TWO_SIGNIFICANT_BITS = -0x400000  # as int32: sign, exponent and one mantissa bit
 
 
@@ -60,6 +61,11 @@ class NVFP4Tensor:
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.amax))
 
 
+def _magnitude_bits(v: Tensor) -> Tensor:
+    """Bits of ``|v|`` as int32; all NaNs as one, because adding to the bits of the largest would overflow."""
+    return (v.contiguous().view(torch.int32) & 0x7FFFFFFF).clamp(max=_NAN)
+
+
 def to_e4m3(v: Tensor) -> Tensor:
     """Round fp32 values in [0, 448] to E4M3, nearest even with subnormals; NaN gives 0x7F.
 
@@ -68,7 +74,7 @@ def to_e4m3(v: Tensor) -> Tensor:
     Returns:
         uint8 codes of the shape of ``v``.
     """
-    bits = v.contiguous().view(torch.int32) & 0x7FFFFFFF
+    bits = _magnitude_bits(v)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
     # below the smallest normal 2**-6 the step is fixed at 2**-9; NaN takes the other branch
     subnormal = torch.round(v * 512.0).nan_to_num(0.0).to(torch.int32)
@@ -77,7 +83,7 @@ def to_e4m3(v: Tensor) -> Tensor:
 
 def to_e4m3_up(v: Tensor) -> Tensor:
     """Round fp32 values in [0, 448] up to the next E4M3 code; NaN gives 0x7F."""
-    bits = v.contiguous().view(torch.int32) & 0x7FFFFFFF
+    bits = _magnitude_bits(v)
     normal = ((bits + 0xFFFFF) >> 20) - 960
     subnormal = torch.ceil(v * 512.0).nan_to_num(0.0).to(torch.int32)
     return torch.where(v < 2.0**-6, subnormal, normal).clamp(max=0x7F).to(torch.uint8)
@@ -94,7 +100,7 @@ def from_e4m3(codes: Tensor) -> Tensor:
 
 def scale_values(codes: Tensor) -> Tensor:
     """:func:`from_e4m3` by the fastest way of the device."""
-    if codes.device.type == "cpu":
+    if codes.device.type == "cpu" and not torch.compiler.is_compiling():
         return codes.view(torch.float8_e4m3fn).float()
     return from_e4m3(codes)
 
@@ -216,12 +222,11 @@ def encode_pairs(y: Tensor) -> Tensor:
         Codes ``[G, 8, C]``, row ``2j`` in the low nibble: uint8, or their fp32 values under a compiler.
     """
     if torch.compiler.is_compiling():
-        low, high = (_code(row) for row in y.view(y.shape[0], BLOCK // 2, 2, y.shape[2]).unbind(2))
-        return low + 16.0 * high
+        return _code(y[:, 0::2]) + 16.0 * _code(y[:, 1::2])
     y.nan_to_num_(E2M1_MAX)
     q = round_nearest_(y.clone()).copysign_(y)
     # scaled by 2**-14 an E2M1 number in binary16 is subnormal where it is subnormal in E2M1: shift, and it is the code
-    bits = q.mul_(2.0**-14).to(torch.float16).view(torch.int16).view(y.shape[0], BLOCK // 2, 2, y.shape[2])
+    bits = q.mul_(2.0**-14).to(torch.float16).view(torch.int16).view(y.shape[0], BLOCK // 2, 2, *y.shape[2:])
     low, high = bits.unbind(2)
     nibbles = ((low >> 9) & 7).bitwise_or_((low >> 12) & 8)
     return nibbles.bitwise_or_((high >> 5) & 0x70).bitwise_or_((high >> 8) & 0x80).to(torch.uint8)
@@ -229,10 +234,12 @@ def encode_pairs(y: Tensor) -> Tensor:
 
 def _code(y: Tensor) -> Tensor:
     """Codes 0..15 of ``y`` rounded to nearest, as fp32: compilers vectorize comparisons, not bit casts."""
-    y = torch.where(y.abs() >= 0.0, y, E2M1_MAX)  # NaN gives 6
-    q = round_nearest_(y.abs())
-    magnitude = torch.where(q >= 4.0, q * 0.5 + 4.0, torch.where(q >= 2.0, q + 2.0, q * 2.0))
-    return magnitude + (4.0 - torch.full_like(y, 4.0).copysign(y))
+    y = torch.where(y.abs() <= E2M1_MAX, y, E2M1_MAX)  # NaN gives 6
+    magnitude = y.abs()
+    # codes are multiples of the step above 0, 2 below 2 and 4 below 4; the constant rounds to an integer, ties to even
+    steps = magnitude * _by_binade(magnitude, 2.0, 1.0, 0.5)
+    code = ((steps + 1.5 * 2.0**23) - 1.5 * 2.0**23) + _by_binade(magnitude, 0.0, 2.0, 4.0)
+    return code + (4.0 - torch.full_like(y, 4.0).copysign(y))
 
 
 def decode_pairs(codes: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def butterfly_rows(rows: list[Tensor]) -> list[Tensor]:
     return rows
 
 
-def _transformed(x: Tensor, signs: Sequence[int]) -> list[Tensor]:
+def transformed_rows(x: Tensor, signs: Sequence[int]) -> list[Tensor]:
     """The 16 rows of each group transformed, fp32, not yet rounded; one loop for a compiler."""
     return butterfly_rows([row.float() * (0.25 * s) for row, s in zip(x.unbind(1), signs, strict=True)])
 
@@ -57,17 +57,9 @@ def _transformed(x: Tensor, signs: Sequence[int]) -> list[Tensor]:
 def transform_columns(x: Tensor, signs: Sequence[int]) -> Tensor:
     """Transform groups of 16 rows: fp32 ``x[A, 16, B]`` holding bf16 values; rounded to bf16, as fp32."""
     if torch.compiler.is_compiling():
-        return torch.stack([to_bf16(row) for row in _transformed(x, signs)], dim=1)
+        return torch.stack([to_bf16(row) for row in transformed_rows(x, signs)], dim=1)
     diagonal = torch.tensor([0.25 * s for s in signs], dtype=torch.float32, device=x.device)
     return to_bf16(butterfly(x * diagonal[:, None]))
-
-
-def transform_rows(x: Tensor, signs: Sequence[int]) -> Tensor:
-    """:func:`transform_columns` of bf16 ``x``, to be compiled on its own; bf16.
-
-    Inside a larger compiled function the last rounding could be fused away.
-    """
-    return torch.stack([row.to(torch.bfloat16) for row in _transformed(x, signs)], dim=1)
 
 
 def rht(x: Tensor, signs: Sequence[int] | None = None, inverse: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_grad.nvfp4.backends import load, resolve
 from lightning_grad.nvfp4.format import BLOCK
 from lightning_grad.nvfp4.probe import Probe
-from lightning_grad.nvfp4.recipe import Draw, Mode, NVFP4Recipe, Operand, Packed
+from lightning_grad.nvfp4.recipe import Draw, Mode, NVFP4Recipe, Packed
 from lightning_grad.nvfp4.te_backend import te_forward
 
 
@@ -75,17 +75,11 @@ def _forward(
         call.probe.record(call.name, "w", weight, call.recipe)
         if keep:
             call.probe.record(call.name, "x_col", x, call.recipe)
-    high = call.recipe.mode == "bf16_forward"
-    a, column = kernels.activation(x, call.recipe, not high, keep)
-    if a is None:
+    if call.recipe.mode == "bf16_forward":
         dtype = torch.float32 if x.device.type == "cpu" else torch.bfloat16
         out = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        return out.to(call.out_dtype), column
-    if packed[0] is not None:
-        b = kernels.unpack_weight(packed[0], call.recipe, backward=False)
-    else:
-        b = kernels.weight(weight, call.recipe, backward=False)
-    return kernels.gemm(a, b, "nt", bias, call.out_dtype), column
+        return out.to(call.out_dtype), kernels.activation(x, call.recipe, row=False, column=keep)[1]
+    return kernels.forward(x, packed[0] or weight, bias, call.recipe, call.out_dtype, keep)
 
 
 class _NVFP4Function(torch.autograd.Function):
@@ -126,28 +120,22 @@ class _NVFP4Function(torch.autograd.Function):
             if call.probe is not None:
                 call.probe.record(call.name, "dy", grad_y, call.recipe, draw)
                 call.probe.record(call.name, "dy_col", grad_y, call.recipe, draw)
-            rows, columns = kernels.gradient(grad_y, call.recipe, need_x, need_w, draw)
-            grad_x = grad_w = None
-            if rows is not None:
-                grad_x = kernels.gemm(rows, _backward_weight(ctx, weight), "nn", None, ctx.x_dtype)
-            if columns is not None:
-                # straight from the fp32 accumulator to the weight's dtype: no rounding to bf16 on the way
-                grad_w = kernels.gemm(columns, kernels.unpack(Packed(*rest)), "tn", None, weight.dtype)
-                if call.probe is not None:
-                    call.probe.weight_gradient(call.name, grad_y, grad_w)
+            packed = ctx.packed[0 if call.recipe.weight_2d else 1] or weight
+            grad_x, grad_w = kernels.backward(
+                grad_y,
+                packed if need_x else None,
+                Packed(*rest) if need_w else None,
+                call.recipe,
+                draw,
+                (ctx.x_dtype, weight.dtype),
+            )
+            if call.probe is not None and grad_w is not None:
+                call.probe.weight_gradient(call.name, grad_y, grad_w)
             grad_b = grad_y.float().sum(0).to(ctx.bias_dtype) if need_b else None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             text = "NVFP4Linear is differentiable once."
             grad_x, grad_w, grad_b = _Once.apply(text, grad_y, weight, grad_x, grad_w, grad_b)  # type: ignore[no-untyped-call]
         return grad_x, grad_w, grad_b, None, None, None
-
-
-def _backward_weight(ctx: Any, weight: Tensor) -> Operand:
-    call: Call = ctx.call
-    packed: Packed | None = ctx.packed[0 if call.recipe.weight_2d else 1]
-    if packed is not None:
-        return load(call.backend).unpack_weight(packed, call.recipe, backward=True)
-    return load(call.backend).weight(weight, call.recipe, backward=True)
 
 
 def apply_linear(

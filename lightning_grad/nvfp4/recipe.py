@@ -73,7 +73,10 @@ class Draw(NamedTuple):
 
 
 class Backend(Protocol):
-    """What a backend provides to the quantized linear layer. Matrices are 2-D, ``C % 16 == 0``."""
+    """What a backend provides to the quantized linear layer. Matrices are 2-D, ``C % 16 == 0``.
+
+    Backends inherit :meth:`forward` and :meth:`backward`, and may do the whole of them at once.
+    """
 
     name: str
 
@@ -103,6 +106,44 @@ class Backend(Protocol):
 
         Word 2 of ``draw`` has role 0; the column form sets its lowest bit.
         """
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | Packed,
+        bias: Tensor | None,
+        recipe: NVFP4Recipe,
+        out_dtype: torch.dtype,
+        keep: bool,
+    ) -> tuple[Tensor, Packed | None]:
+        """``x @ weight.T + bias``, and the packed column form of ``x`` if it is to be kept."""
+        a, kept = self.activation(x, recipe, row=True, column=keep)
+        assert a is not None
+        return self.gemm(a, self._weight_operand(weight, recipe, backward=False), "nt", bias, out_dtype), kept
+
+    def backward(
+        self,
+        dy: Tensor,
+        weight: Tensor | Packed | None,
+        x: Packed | None,
+        recipe: NVFP4Recipe,
+        draw: Draw | None,
+        dtypes: tuple[torch.dtype, torch.dtype],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradient of the input if given a weight, and of the weight if given the input; in ``dtypes``."""
+        rows, columns = self.gradient(dy, recipe, weight is not None, x is not None, draw)
+        dx = dw = None
+        if rows is not None and weight is not None:
+            dx = self.gemm(rows, self._weight_operand(weight, recipe, backward=True), "nn", None, dtypes[0])
+        if columns is not None and x is not None:
+            # straight from the fp32 accumulator to the weight's dtype: no rounding to bf16 on the way
+            dw = self.gemm(columns, self.unpack(x), "tn", None, dtypes[1])
+        return dx, dw
+
+    def _weight_operand(self, weight: Tensor | Packed, recipe: NVFP4Recipe, backward: bool) -> Operand:
+        if isinstance(weight, Packed):
+            return self.unpack_weight(weight, recipe, backward)
+        return self.weight(weight, recipe, backward)
 
     def unpack(self, packed: Packed) -> Operand:
         """The operand ``[R, C]`` of a packed matrix."""

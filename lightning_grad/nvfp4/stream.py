@@ -7,7 +7,7 @@ output gradient, role 1 its column form, whose blocks are numbered over ``[N, M 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from lightning_grad.nvfp4.format import BLOCK
 from lightning_grad.random import Word, philox4x32
 
 Counters = tuple[Word, Word, Word]
-#: The signature of :func:`philox_words`.
-Words = Callable[[Tensor, Tensor, Tensor, Tensor, str], tuple[Tensor, ...]]
 #: Lowest bit of counter word 2: 0 for the row form of the output gradient, 1 for its column form.
 ROLE_COLUMNS = 1
 
@@ -51,7 +49,7 @@ def _spread(words: Sequence[Tensor], groups: int, columns: int) -> Tensor:
 
 
 def gradient_bytes(
-    shape: tuple[int, int], want: tuple[bool, bool], seed: int, counters: Counters, device: torch.device, words: Words
+    shape: tuple[int, int], want: tuple[bool, bool], seed: int, counters: Counters, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
     """Random bytes of the row and the column form of an output gradient, as far as wanted.
 
@@ -63,7 +61,6 @@ def gradient_bytes(
         seed: Key.
         counters: Words 1 to 3 of role 0.
         device: Where to put them.
-        words: :func:`philox_words`, or a compiled form of it.
 
     Returns:
         fp32 ``[M * N / 16, 16]`` and ``[ceil(M / 16), 16, N]``, holding 0..255; ``None`` if unwanted.
@@ -77,21 +74,13 @@ def gradient_bytes(
     role = torch.zeros(first + second, dtype=torch.int64, device=device)
     role[first:] = ROLE_COLUMNS
     c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counters)
-    drawn = words(torch.cat((by_row, by_column)), c1, role + c2, c3, str(seed))
+    drawn = [word.to(torch.int32) for word in philox4x32((torch.cat((by_row, by_column)), c1, role + c2, c3), seed)]
     row = column = None
     if first:
         row = _bytes(torch.stack([word[:first] for word in drawn], dim=-1)).view(-1, BLOCK).to(torch.float32)
     if second:
         column = _spread([word[first:] for word in drawn], groups, columns)
     return row, column
-
-
-def philox_words(index: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: str) -> tuple[Tensor, ...]:
-    """Philox4x32 of int64 counter words as int32 bits; the key in decimal.
-
-    As text the key is a constant of a compiled loop; inductor fails on the 64-bit arithmetic of a symbolic one.
-    """
-    return tuple(word.to(torch.int32) for word in philox4x32((index, c1, c2, c3), int(key)))
 
 
 def sr_uniform(

@@ -1,9 +1,9 @@
-"""The plain-torch backend: any device, eager or compiled. It defines the bits the other backends must give."""
+"""The plain-torch backend: any device. It defines the bits the other backends must give."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,21 @@ from torch import Tensor
 from lightning_grad.nvfp4 import format as fmt
 from lightning_grad.nvfp4.exact_products import exact_products
 from lightning_grad.nvfp4.format import BLOCK, NVFP4Tensor, ScaleRounding
-from lightning_grad.nvfp4.hadamard import transform_columns, transform_rows
-from lightning_grad.nvfp4.recipe import Draw, NVFP4Recipe, Operand, Packed, Transpose
-from lightning_grad.nvfp4.stream import gradient_bytes, philox_words, row_bytes
+from lightning_grad.nvfp4.hadamard import transform_columns
+from lightning_grad.nvfp4.recipe import Backend, Draw, NVFP4Recipe, Operand, Packed, Transpose
+from lightning_grad.nvfp4.stream import gradient_bytes, row_bytes
+
+#: Elements that a CPU handles at a time: what the operations on them leave behind stays in its second-level cache, and
+#: is not given back to the system and faulted in again with each.
+CHUNK = 1 << 16
+
+
+def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function`` of ``tensors``, which treats all along dimension 0 alike, a chunk at a time."""
+    rows = max(CHUNK * tensors[0].shape[0] // max(tensors[0].numel(), 1), 1)
+    if rows >= tensors[0].shape[0] or tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return function(*tensors)
+    return torch.cat([function(*parts) for parts in zip(*(t.split(rows) for t in tensors), strict=True)])
 
 
 def block_amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -44,13 +56,9 @@ def tensor_amax(blocks: Tensor) -> Tensor:
 
 def _measure(x: Tensor, dims: tuple[int, ...], rounding: ScaleRounding) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scale codes of the blocks of ``x`` over ``dims``, their values, the factor to the E2M1 range, and the amax."""
-    blocks = block_amax(x, dims)
+    blocks = in_chunks(partial(block_amax, dims=dims), x)
     amax = tensor_amax(blocks)
     return *fmt.block_scales(blocks, amax, rounding), amax
-
-
-# The loops over all elements. Each is one pass when compiled; the small tensors between them (block scales) and the
-# conversions of integers are faster in eager mode, where a compiler would leave vector code.
 
 
 def _to_range(x: Tensor, factor: Tensor) -> Tensor:
@@ -85,7 +93,7 @@ def unpack_values(codes: Tensor, scale: Tensor) -> Tensor:
     return values.view(groups * BLOCK, columns)
 
 
-def _weight_blocks(weight: Tensor, two_d: bool, backward: bool) -> tuple[Tensor, tuple[int, ...]]:
+def weight_blocks(weight: Tensor, two_d: bool, backward: bool) -> tuple[Tensor, tuple[int, ...]]:
     """Weight as fp32 blocks and the dimensions of a block. 1-D: along K forward, along N backward."""
     n, k = weight.shape
     w = weight.float().contiguous()
@@ -94,7 +102,8 @@ def _weight_blocks(weight: Tensor, two_d: bool, backward: bool) -> tuple[Tensor,
     return (w.view(n // BLOCK, BLOCK, k), (1,)) if backward else (w.view(n * k // BLOCK, BLOCK), (1,))
 
 
-def _signs(recipe: NVFP4Recipe) -> tuple[int, ...] | None:
+def transform_signs(recipe: NVFP4Recipe) -> tuple[int, ...] | None:
+    """Signs of the Hadamard transform; ``None`` does without it."""
     return recipe.hadamard_signs if recipe.rht else None
 
 
@@ -106,34 +115,10 @@ def finish(acc: Tensor, a: Operand, b: Operand, bias: Tensor | None, out_dtype: 
     return acc.to(out_dtype)
 
 
-class TorchBackend:
-    """fp32 GEMMs on decoded operands.
-
-    Args:
-        compiled: Compile the loops over all elements with ``torch.compile`` (about 40 s once on a CPU; needs a C++
-            compiler).
-    """
+class TorchBackend(Backend):
+    """fp32 GEMMs on decoded operands."""
 
     name = "torch"
-
-    def __init__(self, compiled: bool = False) -> None:
-        self.compiled = compiled
-        self._cache: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-    def _compiles(self) -> bool:
-        """Whether loops are compiled here, rather than traced into a function that is being compiled, or run."""
-        return self.compiled and not torch.compiler.is_compiling()
-
-    def _loop(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        if not self._compiles():
-            return function
-        if function not in self._cache:
-            self._cache[function] = _compile(function)
-        return self._cache[function]
-
-    def _narrow(self, x: Tensor) -> Tensor:
-        """``x`` rounded to bf16: as bf16 for compiled loops, which read half the bytes, else as fp32."""
-        return (x.to(torch.bfloat16) if self._compiles() else fmt.to_bf16(x)).contiguous()
 
     def _values(
         self, x: Tensor, dims: tuple[int, ...], rounding: ScaleRounding, k: Tensor | None
@@ -141,8 +126,8 @@ class TorchBackend:
         """Quantize ``x`` in blocks over ``dims`` and decode without the per-tensor scale."""
         _, scales, factor, amax = _measure(x, dims, rounding)
         if k is None:
-            return self._loop(round_blocks)(x, factor, scales), amax
-        return self._loop(round_blocks_stochastic)(x, factor, scales, k), amax
+            return in_chunks(round_blocks, x, factor, scales), amax
+        return in_chunks(round_blocks_stochastic, x, factor, scales, k), amax
 
     def _rows(self, xb: Tensor, rounding: ScaleRounding, k: Tensor | None) -> Operand:
         values, amax = self._values(xb.view(-1, BLOCK), (1,), rounding, k)
@@ -151,9 +136,7 @@ class TorchBackend:
     def _groups(self, xb: Tensor, signs: tuple[int, ...] | None) -> Tensor:
         """Groups of 16 rows ``[R / 16, 16, C]``, transformed."""
         groups = pad_rows(xb)
-        if signs is None:
-            return groups
-        return self._loop(transform_rows)(groups, signs) if self._compiles() else transform_columns(groups, signs)
+        return groups if signs is None else in_chunks(partial(transform_columns, signs=signs), groups)
 
     def _packed(self, x: Tensor, dims: tuple[int, ...]) -> Packed:
         """Quantize ``x[G, 16, ...]`` to nearest and pack pairs along dimension 1."""
@@ -161,7 +144,7 @@ class TorchBackend:
         if x.ndim == 4:
             x, factor = x.flatten(2), factor.expand(-1, -1, -1, BLOCK).flatten(2)
             codes = codes.flatten(2)
-        return Packed(self._loop(pack_blocks)(x, factor).to(torch.uint8), codes[:, 0], amax)
+        return Packed(in_chunks(pack_blocks, x, factor).to(torch.uint8), codes[:, 0], amax)
 
     def quantize(
         self,
@@ -190,41 +173,40 @@ class TorchBackend:
         self, x: Tensor, recipe: NVFP4Recipe, row: bool, column: bool
     ) -> tuple[Operand | None, Packed | None]:
         """Row operand and packed column form; see :class:`~lightning_grad.nvfp4.recipe.Backend`."""
-        xb = self._narrow(x)
-        kept = self._packed(self._groups(xb, _signs(recipe)), (1,)) if column else None
+        xb = fmt.to_bf16(x).contiguous()
+        kept = self._packed(self._groups(xb, transform_signs(recipe)), (1,)) if column else None
         return self._rows(xb, "nearest", None) if row else None, kept
 
     def gradient(
         self, dy: Tensor, recipe: NVFP4Recipe, row: bool, column: bool, draw: Draw | None
     ) -> tuple[Operand | None, Operand | None]:
         """Row and column operands of the output gradient."""
-        dyb = self._narrow(dy)
+        dyb = fmt.to_bf16(dy).contiguous()
         rounding: ScaleRounding = "nearest"
         k_row = k_column = None
         if draw is not None:
             rounding = recipe.sr_scale
-            words = self._loop(philox_words)
             rows_columns = (dyb.shape[0], dyb.shape[1])
-            k_row, k_column = gradient_bytes(rows_columns, (row, column), draw.seed, draw.counters, dyb.device, words)
+            k_row, k_column = gradient_bytes(rows_columns, (row, column), draw.seed, draw.counters, dyb.device)
         rows = self._rows(dyb, rounding, k_row) if row else None
         if not column:
             return rows, None
-        values, amax = self._values(self._groups(dyb, _signs(recipe)), (1,), rounding, k_column)
+        values, amax = self._values(self._groups(dyb, transform_signs(recipe)), (1,), rounding, k_column)
         return rows, Operand(values.flatten(0, 1), amax)
 
     def unpack(self, packed: Packed) -> Operand:
         """Operand of a packed matrix."""
-        return Operand(unpack_values(packed.codes, fmt.scale_values(packed.scales)), packed.amax)
+        return Operand(in_chunks(unpack_values, packed.codes, fmt.scale_values(packed.scales)), packed.amax)
 
     def pack_weight(self, weight: Tensor, recipe: NVFP4Recipe, backward: bool) -> Packed:
         """Packed weight; a 1-D forward weight is packed transposed, because its blocks lie along K."""
         if not recipe.weight_2d and not backward:
             weight = weight.t()
-        return self._packed(*_weight_blocks(weight, recipe.weight_2d, backward=True))
+        return self._packed(*weight_blocks(weight, recipe.weight_2d, backward=True))
 
     def weight(self, weight: Tensor, recipe: NVFP4Recipe, backward: bool) -> Operand:
         """Weight operand ``[N, K]`` without the packed form."""
-        values, amax = self._values(*_weight_blocks(weight, recipe.weight_2d, backward), "nearest", None)
+        values, amax = self._values(*weight_blocks(weight, recipe.weight_2d, backward), "nearest", None)
         return Operand(values.view(weight.shape), amax)
 
     def unpack_weight(self, packed: Packed, recipe: NVFP4Recipe, backward: bool) -> Operand:
@@ -241,20 +223,3 @@ class TorchBackend:
         with exact_products():
             product = torch.mm(left, right)
         return finish(product, a, b, bias, out_dtype)
-
-
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = torch.compile(function, dynamic=True)
-
-    def run(*args: Any) -> Any:
-        try:
-            return compiled(*args)
-        except Exception as error:
-            if "compiler" in str(error).lower() and "C++" in str(error):
-                raise RuntimeError(
-                    "NVFP4Precision(compile_kernels=True) needs a C++ compiler (g++ or clang++) on this machine;"
-                    " install one or use compile_kernels=False."
-                ) from error
-            raise
-
-    return run

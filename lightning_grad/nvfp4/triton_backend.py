@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_grad.nvfp4 import torch_backend
 from lightning_grad.nvfp4 import triton_kernels as kernels
 from lightning_grad.nvfp4.format import BLOCK, NVFP4Tensor, ScaleRounding
-from lightning_grad.nvfp4.recipe import Draw, NVFP4Recipe, Operand, Packed, Transpose
+from lightning_grad.nvfp4.recipe import Backend, Draw, NVFP4Recipe, Operand, Packed, Transpose
 
 _TILE = 64
 _EPILOGUE = 1024
@@ -27,7 +27,7 @@ def _grid(rows: int, columns: int) -> tuple[int, int]:
     return _ceil(rows, _TILE), _ceil(columns, _TILE)
 
 
-class TritonBackend:
+class TritonBackend(Backend):
     """Quantizers as Triton kernels. Operands are bf16 on a GPU and fp32 in the interpreter, which has no bf16 GEMM."""
 
     name = "triton"

@@ -268,7 +268,7 @@ class NVFP4Precision(_NVFP4Plugin):
         eval_precision: ``"high"`` runs converted layers unquantized in eval mode.
         autocast: Autocast for everything else; ``"auto"`` is bf16 on CUDA and none on a CPU.
         cache_weights: Keep quantized weights between micro-batches (0.5 byte per parameter).
-        compile_kernels: Compile the loops of the torch backend, about 40 s once on a CPU; same bits.
+        compile_kernels: Compile the passes of the torch backend, about a minute once on a CPU; same bits.
         seed: Key of the rounding stream in [0, 2**64); ``None`` takes ``seed_everything``'s, else 0.
 
     Raises:

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_grad.nvfp4 import NVFP4Linear, NVFP4Recipe
+from lightning_grad.nvfp4 import NVFP4Linear, NVFP4Recipe, compiled
+from lightning_grad.nvfp4.compiled import CompiledBackend
 from lightning_grad.nvfp4.linear import Session
 from lightning_grad.nvfp4.recipe import Draw
 from lightning_grad.nvfp4.torch_backend import TorchBackend
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler on this machine"),
-]
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler on this machine"
+)
 
 
 def special(rows, columns, seed):
@@ -42,31 +42,78 @@ def assert_same(got, want):
             assert torch.equal(bits(a), bits(b))
 
 
-def test_compiled_loops_give_the_bits_of_eager_mode():
-    eager, compiled = TorchBackend(), TorchBackend(compiled=True)
-    weight = special(32, 64, 1)
-    for rows, nan in ((40, False), (64, False), (40, True)):
-        x, dy = special(rows, 64, rows), special(rows, 32, rows + 1)
-        if nan:
-            x[5, 5] = dy[6, 6] = torch.nan
-        draw = Draw(0x9ABCDEF012345678, (torch.tensor(rows), 6, 1))
-        for recipe in (NVFP4Recipe(), NVFP4Recipe(rht=False, weight_2d=False, sr_scale="up")):
-            for backend in ("activation", "gradient"):
-                arguments = (x, recipe, True, True) if backend == "activation" else (dy, recipe, True, True, draw)
-                assert_same(getattr(compiled, backend)(*arguments), getattr(eager, backend)(*arguments))
-            kinds = [(b.pack_weight(weight, recipe, False), b.weight(weight, recipe, True)) for b in (compiled, eager)]
-            assert_same(*kinds)
+def compare(recipe, compiled, rows, nan=False, late=True):
+    """Every method of the backend, on special values; ``late`` is the mode that quantizes in backward only."""
+    eager = TorchBackend()
+    weight, x, dy = special(32, 64, 1), special(rows, 64, rows), special(rows, 32, rows + 1)
+    if nan:
+        x[5, 5] = dy[6, 6] = torch.nan
+    draw = Draw(0x9ABCDEF012345678, (torch.tensor(rows), 6, 1)) if recipe.stochastic_rounding else None
+    bias, dtypes = torch.arange(32.0), (torch.float32, torch.float32)
+    results = []
+    for backend in (compiled, eager):
+        forward, backward = (backend.pack_weight(weight, recipe, for_backward) for for_backward in (False, True))
+        y, kept = backend.forward(x, forward, bias, recipe, torch.bfloat16, True)
+        gradients = backend.backward(dy, backward, kept, recipe, draw, dtypes)
+        columns = backend.activation(x, recipe, row=False, column=True)[1] if late else ()
+        results.append((forward, backward, kept, columns, (y, *gradients)))
+    assert_same(*results)
+    assert compiled.trusted
 
 
+RECIPES = {
+    "default": NVFP4Recipe(),
+    "other": NVFP4Recipe(rht=False, weight_2d=False, sr_scale="up"),
+    "nearest": NVFP4Recipe(stochastic_rounding=False),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("rows", "nan"), [(40, False), (64, False), (40, True)])
+def test_the_passes_give_the_bits_of_eager_mode(monkeypatch, recipe, rows, nan):
+    """Not compiled: their logic, and what runs where dynamo gives up."""
+    monkeypatch.setattr(compiled, "_compiled", lambda function: function)
+    compare(RECIPES[recipe], CompiledBackend(), rows, nan)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_passes_give_the_bits_of_eager_mode():
+    for nan in (False, True):
+        compare(NVFP4Recipe(), CompiledBackend(), 40, nan, late=False)
+
+
+@pytest.mark.parametrize("wrong", ["packed", "forward", "backward"])
+def test_a_compiler_that_is_wrong_is_not_used(monkeypatch, wrong):
+    def spoiled(function):
+        def run(*args):
+            first, *rest = function(*args)
+            if function.__name__ == wrong:
+                first.view(torch.uint8).flatten()[3] ^= 0x21
+            return first, *rest
+
+        return run
+
+    monkeypatch.setattr(compiled, "_compiled", spoiled)
+    backend = CompiledBackend()
+    with pytest.raises(AssertionError), pytest.warns(UserWarning, match=f"compiled form of '(pack_weight|{wrong})'"):
+        compare(NVFP4Recipe(), backend, 40)
+    assert not backend.trusted
+    with pytest.raises(AssertionError, match="trusted"):  # equal bits now
+        compare(NVFP4Recipe(), backend, 40)
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_a_compiled_model_gives_the_bits_of_eager_mode():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 16), nn.ReLU())
     NVFP4Linear.convert(model[0], Session(backend="torch"), layer_id=3)
     other = copy.deepcopy(model)
-    compiled = torch.compile(other, fullgraph=True)
+    whole = torch.compile(other, fullgraph=True)
     x = special(40, 32, 3)
     x[3] = 3.0
-    for run in (model, compiled):
+    for run in (model, whole):
         run(x).square().sum().backward()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert a.grad is not None

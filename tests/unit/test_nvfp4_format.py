@@ -151,7 +151,8 @@ def test_e4m3_codes_equal_the_cast_everywhere():
     assert torch.equal(to_e4m3(v), v.to(torch.float8_e4m3fn).view(torch.uint8))
     codes = torch.arange(127, dtype=torch.uint8)
     assert torch.equal(fmt.from_e4m3(codes), values)
-    assert to_e4m3(torch.tensor([math.nan, -math.nan])).tolist() == [0x7F, 0x7F]
+    nan = torch.tensor([0x7FC00000, -1, 0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    assert to_e4m3(nan).tolist() == fmt.to_e4m3_up(nan).tolist() == [0x7F] * 4
     assert fmt.to_e4m3_up(values).tolist() == codes.tolist()
     assert torch.equal(fmt.to_e4m3_up(up), codes[1:])
     assert torch.equal(fmt.to_e4m3_up(down), codes[1:])

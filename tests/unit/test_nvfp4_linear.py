@@ -8,7 +8,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_grad.nvfp4 import NVFP4Linear, NVFP4Recipe, dequantize, exact_products, linear, quantize, rht
+from lightning_grad.nvfp4 import (
+    NVFP4Linear,
+    NVFP4Recipe,
+    dequantize,
+    exact_products,
+    linear,
+    quantize,
+    rht,
+    torch_backend,
+)
 from lightning_grad.nvfp4.linear import Session
 
 M, K, N = 48, 64, 32
@@ -347,3 +356,13 @@ def test_the_precision_of_other_products_is_left_alone(monkeypatch):
                 raise ZeroDivisionError
             assert setting.fp32_precision == "bf16"
         assert setting.fp32_precision == users
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_chunks_do_not_show(monkeypatch, name):
+    """Tensors of every form are larger than a chunk; the last chunk is a short one."""
+    x, w, b, dy = data(41)
+    whole = run(x, w, b, dy, config=RECIPES[name])
+    monkeypatch.setattr(torch_backend, "CHUNK", 1100)
+    for got, want in zip(run(x, w, b, dy, config=RECIPES[name]), whole, strict=True):
+        assert torch.equal(got, want)
