@@ -190,6 +190,8 @@ def _print_optima(found: Fit, columns: dict[str, list[float]], options: argparse
             line += f"   90 %: parameters {n0:.4g} to {n1:.4g}, tokens {d0:.4g} to {d1:.4g}"
             if math.isnan(n0):
                 line += " (a resample without an optimum)"
+        if compute > largest:
+            line += f"   extrapolated: {compute / largest:.3g} times the largest run"
         print(line)
     if isinstance(found, IsoflopParabola) and "tokens" in columns:
         _print_bias(columns)

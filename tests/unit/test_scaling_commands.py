@@ -61,7 +61,7 @@ def test_the_fragment_is_a_config(capsys, tmp_path, monkeypatch):
 
 
 def test_fit_prints_a_table_and_draws(runs, capsys):
-    assert main(["scaling", "fit", str(runs), "--bootstrap", "10", "--compute", "1e22"]) == 0
+    assert main(["scaling", "fit", str(runs), "--bootstrap", "10", "--compute", "1e22", "1e18"]) == 0
     out = capsys.readouterr().out
     assert (runs.parent / "scaling_fit.png").stat().st_size > 5000
     values = dict(re.findall(r"^(\w+) +([\d.e+-]+) +[\d.e+-]+ +[\d.e+-]+$", out, re.MULTILINE))
@@ -69,6 +69,10 @@ def test_fit_prints_a_table_and_draws(runs, capsys):
     n, d = map(float, re.search(r"1e\+22 +(\S+) +(\S+)", out).groups())
     assert (n, d) == pytest.approx(optimum(SURFACES["chinchilla"], 1e22), rel=0.05)
     assert "90 %: parameters" in out
+    rows = [line.split(",") for line in runs.read_text().split("\n")[1:] if line]
+    largest = max(6 * float(a) * float(b) for a, b, _ in rows)
+    (beyond,) = re.findall(r"^ *(\S+) .*extrapolated: (\S+) times the largest run$", out, re.MULTILINE)
+    assert beyond == ("1e+22", f"{1e22 / largest:.3g}")
 
 
 @pytest.mark.parametrize("law", ["approach3", "parabola", "overtraining"])
