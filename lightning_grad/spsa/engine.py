@@ -14,7 +14,7 @@ from lightning_grad._validate import check_choice, check_int
 from lightning_grad.spsa.errors import SPSAConfigError
 from lightning_grad.spsa.grid import CHUNK, digest_chunk, hash_chunks, logical
 from lightning_grad.spsa.kernels import Kernel, Pass, Weighted, make_kernel, self_test
-from lightning_grad.spsa.layout import Layout, Restore, Storage, make_storage, trainable_parameters
+from lightning_grad.spsa.layout import Layout, Restore, Storage, clean_name, make_storage, trainable_parameters
 from lightning_grad.spsa.rule import Quantized, Term, quantize
 
 KERNELS = ("auto", "numpy", "torch", "triton")
@@ -55,7 +55,7 @@ class SPSAEngine:
         check_choice("kernel", kernel, KERNELS)
         self.seed = check_int("seed", seed, 0, 2**64 - 1)
         self.eps = 2.0 ** check_int("eps_log2", eps_log2, -20, -2)
-        named = trainable_parameters(named_parameters, restore)
+        named = trainable_parameters(named_parameters)
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
         self.restore_mode = restore
@@ -65,8 +65,8 @@ class SPSAEngine:
         self.state: dict[tuple[int, int], int] = {}
         # the fingerprint names the weights as they came, before the grid
         self.base = hash_chunks(chunk for p in self.params for chunk in logical(p).split(16 * CHUNK))
-        self._stores = [make_storage(p, restore) for p in self.params]
-        for store in self._stores:
+        self.stores = [make_storage(p, restore) for p in self.params]
+        for store in self.stores:
             store.snap(self.eps)
         self.check_limit()
 
@@ -144,7 +144,7 @@ class SPSAEngine:
             return self.digest64()
         copying = self.restore_mode == "copy"
         moves = [] if copying else [(t, d, -self.eps * m) for (t, d), m in self.state.items()]
-        shadows = [_Shadow(store, offset) for store, offset in zip(self._stores, self.layout.offsets, strict=True)]
+        shadows = [_Shadow(store, offset) for store, offset in zip(self.stores, self.layout.offsets, strict=True)]
         self._pass(shadows, moves, changes(quantized))
         return sum(part for shadow in shadows for part in shadow.parts) & ((1 << 64) - 1)
 
@@ -152,7 +152,7 @@ class SPSAEngine:
     def reset(self, values: Sequence[Tensor]) -> None:
         """Go back to base weights, as at the start."""
         self.state.clear()
-        for p, value, store in zip(self.params, values, self._stores, strict=True):
+        for p, value, store in zip(self.params, values, self.stores, strict=True):
             p.detach().copy_(value)
             store.load_extra_state(None)
             store.snap(self.eps)
@@ -168,7 +168,7 @@ class SPSAEngine:
         for index, _, chunk in self._chunks():
             value = float(chunk.abs().max())
             largest[index] = value if math.isnan(value) else max(value, largest[index])
-        for name, value, store in zip(self.names, largest, self._stores, strict=True):
+        for name, value, store in zip(self.names, largest, self.stores, strict=True):
             if not value < store.limit(self.eps):
                 needed = 2.0 ** math.ceil(math.log2(value / store.limit(1.0)) + 1e-9) if math.isfinite(value) else value
                 raise SPSAConfigError(
@@ -178,13 +178,13 @@ class SPSAEngine:
 
     def extra_state(self) -> dict[str, Tensor]:
         """What the parameters themselves do not hold (low halves of bfloat16, master copies), by name."""
-        pairs = ((name, store.extra_state()) for name, store in zip(self.names, self._stores, strict=True))
+        pairs = ((name, store.extra_state()) for name, store in zip(self.names, self.stores, strict=True))
         return {name: state for name, state in pairs if state is not None}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Take back :meth:`extra_state`; call it after the parameters were loaded. Nothing is outstanding then."""
         self.state.clear()
-        for name, store in zip(self.names, self._stores, strict=True):
+        for name, store in zip(self.names, self.stores, strict=True):
             store.load_extra_state(state.get(name))
 
     def exact_state(self) -> dict[str, Tensor]:
@@ -197,19 +197,19 @@ class SPSAEngine:
 
     def rebind(self, named: Iterable[tuple[str, Any]]) -> bool:
         """Follow parameters that were replaced by other objects of the same shape; returns whether any was."""
-        current = {name.replace("_orig_mod.", ""): p for name, p in named}
+        current = {clean_name(name): p for name, p in named}
         changed = False
         for index, name in enumerate(self.names):
             new = current.get(name)
             if new is not None and new is not self.params[index]:
-                self.params[index] = self._stores[index].param = new
+                self.params[index] = self.stores[index].param = new
                 changed = True
         return changed
 
     def _run(self, moves: Sequence[Weighted], changes: Sequence[Weighted] | None = None) -> None:
         if not moves and changes is None and self.restore_mode != "copy":
             return
-        self._pass(self._stores, moves, changes)
+        self._pass(self.stores, moves, changes)
 
     @torch.no_grad()
     def _pass(self, stores: Sequence[Storage], moves: Sequence[Weighted], changes: Sequence[Weighted] | None) -> None:
@@ -223,7 +223,7 @@ class SPSAEngine:
 
     @torch.no_grad()
     def _chunks(self) -> Iterator[tuple[int, int, Tensor]]:
-        for index, store in enumerate(self._stores):
+        for index, store in enumerate(self.stores):
             store.open()
             for begin in range(0, store.param.numel(), 16 * CHUNK):
                 yield index, begin, store.load(begin, min(begin + 16 * CHUNK, store.param.numel()), moving=True)

@@ -94,7 +94,7 @@ def select_trainable(named: Iterable[tuple[str, torch.nn.Parameter]], patterns: 
             p.requires_grad_(wanted)
 
 
-def trainable_parameters(named: Iterable[tuple[str, torch.nn.Parameter]], restore: Restore) -> list[tuple[str, Tensor]]:
+def trainable_parameters(named: Iterable[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, Tensor]]:
     """The parameters to train, checked; tied ones once, under their first name.
 
     Raises:

@@ -78,7 +78,8 @@ def check_base(engine: SPSAEngine, journal: Journal) -> None:
         )
     if engine.base != header.base:
         raise JournalError(
-            f"the journal starts from other weights (SHA-256 {header.base[:16]}..., these have {engine.base[:16]}...)."
+            f"the journal starts from other weights (SHA-256 {header.base[:16]}..., these have {engine.base[:16]}...);"
+            " give it those that the run started from."
         )
 
 
@@ -133,7 +134,7 @@ def catch_up(engine: SPSAEngine, plan: Plan, *, verify: bool = True, progress: P
     got = dict.fromkeys(plan.digests, 0)
     size = 4 * CHUNK if engine.device.type == "cpu" else 256 * CHUNK
     ranges = [(b, min(b + size, engine.layout.extent)) for b in range(0, engine.layout.extent, size)]
-    stores = engine._stores
+    stores = engine.stores
     for store in stores:
         store.open()
     try:

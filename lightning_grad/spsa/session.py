@@ -247,7 +247,8 @@ class Session:
         same = (rule.step, rule.tracker.m2, rule.tracker.scale_log2) == (state["step"], state["m2"], state["sigma"])
         if not same:
             raise JournalError(
-                f"the checkpoint's journal ends at step {rule.step}, the checkpoint is of step {state['step']}."
+                f"the checkpoint's journal leads to step {rule.step} and scale 2**{rule.tracker.scale_log2}, its state"
+                f" is of step {state['step']} and scale 2**{state['sigma']}: it is damaged. Resume from another one."
             )
         self.engine.load_extra_state(dict(extra or {}))
         found = self.engine.digest64()
@@ -277,10 +278,10 @@ def journal_of(state: Mapping[str, Any]) -> Journal:
 
 
 def loss_value(output: Any) -> float:
-    """Scalar loss of a training step; NaN for ``None`` or a complex or non-finite one.
+    """Scalar loss of a training step; NaN for ``None`` or one that is not finite.
 
     Raises:
-        SPSAConfigError: It is not one scalar.
+        SPSAConfigError: It is not one real scalar.
     """
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if loss is None:

@@ -199,7 +199,7 @@ def test_bfloat16_low_half_survives_ties():
     """A low half of exactly 0x8000: nearest-even would need +32768, which is no int16."""
     bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F807FFF, -0x407F8000], dtype=torch.int32)
     e = engine([("p", torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)))])
-    store = e._stores[0]
+    store = e.stores[0]
     store.open()
     store.save(0, 4, bits.view(torch.float32))
     assert torch.equal(store.load(0, 4, True).view(torch.int32), bits)
