@@ -1,6 +1,6 @@
 r"""Variable projection: least squares for sums of powers, with the linear coefficients solved for exactly.
 
-All laws of this room are :math:`y = \sum_j c_j \exp(\theta \cdot a_j(x))` with few exponents :math:`\theta` (one or
+All laws of this package are :math:`y = \sum_j c_j \exp(\theta \cdot a_j(x))` with few exponents :math:`\theta` (one or
 two) and linear coefficients :math:`c`. For given :math:`\theta` the best :math:`c` is a linear problem; what is left is
 a search in one or two dimensions, well conditioned where the joint problem is not.
 

@@ -28,7 +28,7 @@ def draw(fit: Any, columns: dict[str, Array]) -> Any:
     """Return a figure of the rows and the fit.
 
     Args:
-        fit: What one of the ``fit_`` functions of the room returned.
+        fit: What one of the ``fit_`` functions of :mod:`lightning_grad.scaling` returned.
         columns: The rows by name, as :func:`lightning_grad.scaling.table.read_runs` names them.
     """
     require_matplotlib()

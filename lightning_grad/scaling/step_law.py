@@ -51,6 +51,11 @@ class StepLaw:
 def step_law(N: float, D: float, seq_len: int | None = None) -> StepLaw:
     """Return learning rate and batch size for ``N`` non-embedding parameters trained on ``D`` tokens.
 
+    Args:
+        N: Parameters without embeddings, > 0; see :func:`count_non_embedding`.
+        D: Training tokens, > 0.
+        seq_len: Tokens of a sequence, >= 1, to give the batch in sequences too.
+
     Raises:
         ValueError: A number is out of range.
     """

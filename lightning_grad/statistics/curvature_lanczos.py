@@ -192,6 +192,16 @@ def spectrum(
     """Stochastic Lanczos quadrature: ``k`` steps from each of ``num_probes`` random sign vectors.
 
     Costs ``k * num_probes`` products, and memory for ``k`` vectors.
+
+    Args:
+        matvec: The map.
+        size: Entries of its vectors.
+        k: Lanczos steps of each probe, >= 1.
+        num_probes: Probes, >= 1.
+        seed: Of the first probe; the others take the following integers.
+        device: Where the probes are.
+        dtype: Of the probes.
+        reorthogonalize: As for :func:`lanczos`.
     """
     check_int("num_probes", num_probes, 1)
     runs = [

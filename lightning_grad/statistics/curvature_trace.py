@@ -44,7 +44,16 @@ def hutchinson(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Estimate, Estimate]:
-    """Return unbiased estimates of the trace and of the squared Frobenius norm from ``num_probes`` products."""
+    """Return unbiased estimates of the trace and of the squared Frobenius norm from ``num_probes`` products.
+
+    Args:
+        matvec: The map.
+        size: Entries of its vectors.
+        num_probes: Products, >= 1; their spread gives the standard errors.
+        seed: Of the first probe; the others take the following integers.
+        device: Where the probes are.
+        dtype: Of the probes; sums are float64.
+    """
     check_int("num_probes", num_probes, 1)
     traces, squares = [], []
     for i in range(num_probes):
@@ -68,6 +77,14 @@ def hutchpp(
     """Return an unbiased estimate of the trace from at most ``num_products`` (>= 6) products.
 
     A third of them each for the range, the exact part and the rest; memory for a third of them as vectors.
+
+    Args:
+        matvec: The map.
+        size: Entries of its vectors; with ``num_products`` of three times as many or more the trace is exact.
+        num_products: Bound on the products, >= 6.
+        seed: As for :func:`hutchinson`.
+        device: Where the probes are.
+        dtype: Of the probes.
     """
     part = min(check_int("num_products", num_products, 6) // 3, size)
     sketch = torch.stack([matvec(rademacher(size, seed + i, device, dtype)) for i in range(part)], 1)

@@ -36,6 +36,17 @@ def stability_limits(
     - ``limit``: the smaller of those that are numbers.
 
     Both are necessary, not sufficient; a limit is ``inf`` where the curvature is not positive.
+
+    Args:
+        trace: :math:`\mathrm{tr} H` of the mean loss.
+        frobenius_sq: :math:`\|H\|_F^2`.
+        lambda_max: Largest eigenvalue of :math:`H`.
+        batch_size: Samples :math:`B` of an optimizer step, >= 1.
+        dataset_size: Samples :math:`N`, if they are drawn without replacement, >= 1; ``None``: not known.
+        momentum: :math:`\beta` in [0, 1).
+
+    Raises:
+        ValueError: An argument is out of range.
     """
     check_int("batch_size", batch_size, 1)
     check_range("momentum", momentum, 0.0, 1.0, "[)")
@@ -90,7 +101,13 @@ def smoothed_lr(
 ) -> float:
     """Return the next learning rate: an average of logarithms, at most ``max_change`` times away, within ``bounds``.
 
-    Without ``smooth_falls`` a smaller value counts at once and in full.
+    Args:
+        old: Learning rate so far, > 0; ``None``: this is the first, and only ``bounds`` act on it.
+        new: What the curvature suggests, > 0.
+        ema: Weight of ``old``, in [0, 1).
+        max_change: Largest factor of one change, > 1.
+        bounds: Least and largest value.
+        smooth_falls: Without it a smaller value counts at once and in full.
     """
     if old is not None and (smooth_falls or new > old):
         change = (1.0 - ema) * math.log(new / old)
@@ -105,6 +122,15 @@ def curvature_lr(largest: float, momentum: float = 0.0, rule: str = "polyak", ne
     ``polyak`` :math:`(1 + \sqrt\beta)^2 / L`, the heavy-ball optimum whose momentum is :math:`\beta`; ``inverse``
     :math:`1/L`; ``edge`` the limit of stability, :math:`2 (1 + \beta)/L`, or :math:`2 (1 + \beta) / ((1 + 2\beta) L)`
     for Nesterov's momentum. At :math:`\beta = 0.9` the first is 3.797/L and the edge 3.800/L: use a safety factor.
+
+    Args:
+        largest: :math:`L` > 0.
+        momentum: :math:`\beta` in [0, 1).
+        rule: One of the three.
+        nesterov: Whether the momentum is Nesterov's; matters to ``edge`` only.
+
+    Raises:
+        ValueError: ``rule`` is unknown or ``largest`` is not positive.
     """
     check_choice("rule", rule, get_args(LearningRateRule))
     check_range("largest", largest, 0.0, math.inf, "()")
