@@ -138,7 +138,12 @@ def clipped_policy_loss(logprob: Tensor, batch: Mapping[str, Any], clip: float) 
         logprob: Log-probability of each token under the current policy, ``[n, R]``.
         batch: As the loader gives it; ``logprob`` is that of the sampling policy.
         clip: In (0, 1).
+
+    Raises:
+        ValueError: The samples were handed over without ``logprob``.
     """
+    if "logprob" not in batch:
+        raise ValueError("the clipped loss needs `logprob` of the samples; give it to the RolloutBatch in sample().")
     weight, advantage = batch["weight"], batch["advantage"]
     mask = batch["completion_mask"].bool() & (weight * advantage != 0)[:, None]
     ratio = torch.where(mask, logprob - batch["logprob"], 0.0).exp()

@@ -135,6 +135,9 @@ def test_clipped_loss():
     assert (grad[0] != 0).tolist() == [False, True, True]
     assert (grad[1] != 0).tolist() == [True, False, False]
     assert float(grad[3].abs().max()) == 0
+    del batch["logprob"]
+    with pytest.raises(ValueError, match="needs `logprob` of the samples"):
+        clipped_policy_loss(new, batch, 0.2)
 
 
 def fit(model, file, epochs=2, trainer=None, ckpt=None, callbacks=(), **kwargs):
