@@ -45,8 +45,8 @@ def philox4x32(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Tenso
         # The product wraps modulo 2**64 in int64, which leaves its bits right. Words 1 and 3 keep the whole product;
         # masks drop its high half and the sign extension of the shift where they would matter.
         p0, p1 = c0 * _M32[0], c2 * _M32[1]
-        c0 = ((p1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_MASK32)
-        c2 = ((p0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_MASK32)
+        c0 = _xor(p1 >> 32, c1).bitwise_xor_(k0).bitwise_and_(_MASK32)
+        c2 = _xor(p0 >> 32, c3).bitwise_xor_(k1).bitwise_and_(_MASK32)
         c1, c3 = p1, p0
         k0, k1 = (k0 + _W32[0]) & _MASK32, (k1 + _W32[1]) & _MASK32
     c1, c3 = c1 & _MASK32, c3 & _MASK32
@@ -107,6 +107,11 @@ def philox4x64_stream(key: tuple[int, int], counter: tuple[int, int, int, int], 
     """
     raw: NDArray[np.uint64] = philox4x64_generator(key, counter).random_raw(4 * num_blocks)
     return raw
+
+
+def _xor(a: Tensor, b: Tensor) -> Tensor:
+    """``a ^ b``, in the memory of ``a`` where the shape allows it: new memory costs a quarter of the whole."""
+    return a.bitwise_xor_(b) if b.ndim == 0 or b.shape == a.shape else a ^ b
 
 
 def _signed(word: int) -> int:

@@ -18,7 +18,7 @@ from lightning_grad.nvfp4.stream import gradient_bytes, row_bytes
 
 #: Elements that a CPU handles at a time: what the operations on them leave behind stays in its second-level cache, and
 #: is not given back to the system and faulted in again with each.
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 
 
 def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

@@ -199,9 +199,11 @@ class GhostRecorder:
         wanted = {n for n, p in model.named_parameters() if p.requires_grad} if names is None else set(names)
         bad = unsupported(model, wanted)
         if bad:
+            kinds = sorted({type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in bad})
             raise UnsupportedLayerError(
-                f"no per-sample norm rule for {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}: only Linear,"
-                " ConvNd, Embedding and norm layers with weights of their own have one"
+                f"no per-sample norm rule for {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}"
+                f" ({', '.join(kinds)}): only torch's own Linear, ConvNd, Embedding and norm layers with weights"
+                " that no other layer shares have one"
             )
         self.active = False
         self._keep, self._memory_mb = keep, memory_mb
