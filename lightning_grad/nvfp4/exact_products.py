@@ -23,7 +23,8 @@ def exact_products() -> Iterator[None]:
     """fp32 products in here may be computed as bf16 products summed in fp32.
 
     Only for numbers that bf16 holds exactly, as operands are: then the order of the sums is all that changes. The
-    setting is the process's, so it lasts no longer than the product, and the last thread to leave puts it back.
+    setting is the process's, so it lasts no longer than the product, and the last thread to leave puts it back. Until
+    then a float32 product of another Python thread is rounded to bf16 too.
     """
     if not TILES:
         yield

@@ -189,7 +189,7 @@ def test_directory_formats_are_refused(tmp_path):
 
 
 def test_failed_write_keeps_the_old_file(path):
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match=r"pickle|local object"):  # Python 3.13 words it anew
         ChecksumCheckpointIO().save_checkpoint({"bad": lambda: 0}, path)
     assert check_file(path) == "intact"
     assert [p.name for p in path.parent.iterdir()] == ["a.ckpt"]
