@@ -258,11 +258,11 @@ def _agree(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> bool:
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
         x, y = a.float(), b.float()
-        rounding = 2.0**-7 if b.dtype != torch.float32 else 0.0
-        largest = float(y.abs().nan_to_num(0.0, 0.0).max()) if y.numel() > 1 else 0.0
-        if not torch.allclose(
-            x, y, rtol=rounding, atol=1e-5 * largest if b.is_floating_point() else 0.0, equal_nan=True
-        ):
+        relative = absolute = 0.0
+        if b.is_floating_point() and b.numel() > 1:
+            relative = 0.0 if b.dtype == torch.float32 else 2.0**-7
+            absolute = 1e-5 * float(y.abs().nan_to_num(0.0, 0.0).max())
+        if not torch.allclose(x, y, relative, absolute, equal_nan=True):
             return False
     return True
 

@@ -20,10 +20,10 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def special(rows, columns, seed):
-    """Random numbers with zeros of both signs, ties, tiny and huge ones."""
+def special(rows, columns, seed, largest=3.0):
+    """Random numbers with zeros of both signs, ties and tiny ones; beside a huge one nearly all others are zero."""
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    x[0], x[1], x[2], x[3] = 0.0, -0.0, 1e-40, 1e30
+    x[0], x[1], x[2], x[3, 3] = 0.0, -0.0, 1e-40, largest
     x[16:32, :16] = torch.tensor([0.25, -0.25, 0.75, -1.25, 1.75, 2.5, -3.5, 5.0] * 2)
     x[:, -1] *= 1e-6
     return x
@@ -42,12 +42,11 @@ def assert_same(got, want):
             assert torch.equal(bits(a), bits(b))
 
 
-def compare(recipe, compiled, rows, nan=False, late=True):
+def compare(recipe, compiled, rows, largest=3.0, late=True):
     """Every method of the backend, on special values; ``late`` is the mode that quantizes in backward only."""
     eager = TorchBackend()
-    weight, x, dy = special(32, 64, 1), special(rows, 64, rows), special(rows, 32, rows + 1)
-    if nan:
-        x[5, 5] = dy[6, 6] = torch.nan
+    weight = special(32, 64, 1)
+    x, dy = special(rows, 64, rows, largest), special(rows, 32, rows + 1, largest)
     draw = Draw(0x9ABCDEF012345678, (torch.tensor(rows), 6, 1)) if recipe.stochastic_rounding else None
     bias, dtypes = torch.arange(32.0), (torch.float32, torch.float32)
     results = []
@@ -69,33 +68,37 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(("rows", "nan"), [(40, False), (64, False), (40, True)])
-def test_the_passes_give_the_bits_of_eager_mode(monkeypatch, recipe, rows, nan):
+@pytest.mark.parametrize(("rows", "largest"), [(40, 3.0), (64, 3.0), (40, 1e30), (40, torch.nan)])
+def test_the_passes_give_the_bits_of_eager_mode(monkeypatch, recipe, rows, largest):
     """Not compiled: their logic, and what runs where dynamo gives up."""
     monkeypatch.setattr(compiled, "_compiled", lambda function: function)
-    compare(RECIPES[recipe], CompiledBackend(), rows, nan)
+    compare(RECIPES[recipe], CompiledBackend(), rows, largest)
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_compiled_passes_give_the_bits_of_eager_mode():
-    for nan in (False, True):
-        compare(NVFP4Recipe(), CompiledBackend(), 40, nan, late=False)
+    for largest in (3.0, 1e30, torch.nan):
+        compare(NVFP4Recipe(), CompiledBackend(), 40, largest, late=False)
 
 
 @pytest.mark.parametrize("wrong", ["packed", "forward", "backward"])
 def test_a_compiler_that_is_wrong_is_not_used(monkeypatch, wrong):
+    """It is right for one shape and a little wrong for another."""
+
     def spoiled(function):
         def run(*args):
             first, *rest = function(*args)
-            if function.__name__ == wrong:
-                first.view(torch.uint8).flatten()[3] ^= 0x21
+            if function.__name__ == wrong and (wrong == "packed" or args[0].shape[0] == 40):
+                first = torch.where(first == first.max(), first - 1, first) if wrong == "packed" else first * 1.02
             return first, *rest
 
         return run
 
     monkeypatch.setattr(compiled, "_compiled", spoiled)
     backend = CompiledBackend()
+    if wrong != "packed":
+        compare(NVFP4Recipe(), backend, 64)
     with pytest.raises(AssertionError), pytest.warns(UserWarning, match=f"compiled form of '(pack_weight|{wrong})'"):
         compare(NVFP4Recipe(), backend, 40)
     assert not backend.trusted
@@ -112,7 +115,6 @@ def test_a_compiled_model_gives_the_bits_of_eager_mode():
     other = copy.deepcopy(model)
     whole = torch.compile(other, fullgraph=True)
     x = special(40, 32, 3)
-    x[3] = 3.0
     for run in (model, whole):
         run(x).square().sum().backward()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):

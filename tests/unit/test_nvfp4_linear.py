@@ -363,6 +363,9 @@ def test_chunks_do_not_show(monkeypatch, name):
     """Tensors of every form are larger than a chunk; the last chunk is a short one."""
     x, w, b, dy = data(41)
     whole = run(x, w, b, dy, config=RECIPES[name])
+    pack, calls = torch_backend.pack_blocks, []
     monkeypatch.setattr(torch_backend, "CHUNK", 1100)
+    monkeypatch.setattr(torch_backend, "pack_blocks", lambda *parts: (calls.append(parts[0].shape[0]), pack(*parts))[1])
     for got, want in zip(run(x, w, b, dy, config=RECIPES[name]), whole, strict=True):
         assert torch.equal(got, want)
+    assert calls == [1, 1, 1]  # groups of 16 rows and 64 columns
