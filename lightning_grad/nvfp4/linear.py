@@ -111,7 +111,7 @@ class _NVFP4Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         weight, *rest = ctx.saved_tensors
-        step = rest.pop(0) if ctx.compiled else ctx.step
+        step, kept = (rest[0], rest[1:]) if ctx.compiled else (ctx.step, rest)
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         with torch.no_grad(), torch.autocast(grad_y.device.type, enabled=False):
             call: Call = ctx.call
@@ -124,7 +124,7 @@ class _NVFP4Function(torch.autograd.Function):
             grad_x, grad_w = kernels.backward(
                 grad_y,
                 packed if need_x else None,
-                Packed(*rest) if need_w else None,
+                Packed(*kept) if need_w else None,
                 call.recipe,
                 draw,
                 (ctx.x_dtype, weight.dtype),
