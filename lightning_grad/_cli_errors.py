@@ -117,7 +117,7 @@ def locate(error: BaseException, config: Mapping[str, Any]) -> str:
         error: What a constructor raised; it may be wrapped in the parser's own errors.
         config: The nested config that was being instantiated.
     """
-    while (cause := error.__cause__ or error.__context__) is not None and isinstance(cause, ValueError):
+    while not raised_by_us(error) and isinstance(cause := _cause(error), ValueError):
         error = cause
     text = one_line(str(error))
     owners = [
@@ -132,6 +132,10 @@ def locate(error: BaseException, config: Mapping[str, Any]) -> str:
         if owner.__name__ == "Trainer":
             return f"`trainer`: {text}"
     return text
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def raised_by_us(error: BaseException) -> bool:

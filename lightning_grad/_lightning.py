@@ -7,12 +7,13 @@ Lightning renames one.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import lightning
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar, TQDMProgressBar
 
 OLDEST = (2, 6, 4)
 BELOW = (3,)
@@ -80,6 +81,15 @@ def refuse_twin(trainer: Any) -> None:
             "lightning_grad works with `lightning.pytorch`; this Trainer comes from `pytorch_lightning`. "
             "Import one of them only."
         )
+
+
+def asked_by_a_checkpoint() -> bool:
+    """Whether the method that calls this was called by a checkpoint callback.
+
+    ``Strategy.reduce_boolean_decision`` gets the same arguments for "shall we stop?" and for "is there such a file?".
+    """
+    asking = inspect.stack(context=0)[2].frame
+    return isinstance(asking.f_locals.get("self"), Checkpoint)
 
 
 def logging_step(trainer: pl.Trainer) -> int:

@@ -345,6 +345,7 @@ class LanczosLearningRate(OwnsLearningRate):
 
     def _decide(self, optimizer: Optimizer, largest: float, smallest: float, mu: float) -> None:
         beta = momentum_of(optimizer)
+        nesterov = any(group.get("nesterov") for group in optimizer.param_groups)
         if self.momentum == "set":
             star, beta = heavy_ball(largest, mu)
             if beta > _MOST_MOMENTUM:
@@ -352,9 +353,8 @@ class LanczosLearningRate(OwnsLearningRate):
                 star = curvature_lr(largest, beta)
             self._momentum = beta
         else:
-            nesterov = any(group.get("nesterov") for group in optimizer.param_groups)
             star = curvature_lr(largest, beta, self.rule, nesterov)
-        limit = math.inf if self.max_growth is None else growth_limit(smallest, beta, self.max_growth)
+        limit = math.inf if self.max_growth is None else growth_limit(smallest, beta, self.max_growth, nesterov)
         if is_adam(optimizer):  # it averages gradients where the heavy ball adds them up
             limit /= 1.0 - beta
             star /= 1.0 if self.rule == "inverse" else 1.0 - beta

@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_grad._tensorboard import Charts, TensorBoardCharts, log_histogram, log_scalars
 from lightning_grad._validate import check_choice, check_int
@@ -71,7 +72,9 @@ class NVFP4Monitor(TensorBoardCharts):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the plugin."""
-        nvfp4_plugin(trainer, "NVFP4Monitor")
+        plugin = nvfp4_plugin(trainer, "NVFP4Monitor")
+        if plugin.backend == "transformer_engine":
+            rank_zero_warn("NVFP4Monitor sees no tensors of backend 'transformer_engine'; backend='triton' shows them.")
         super().on_fit_start(trainer, pl_module)
         self._sampled = -1
 

@@ -51,6 +51,8 @@ def check_triton(device: torch.device) -> str:
         return "" if interpreting() else f"{describe(device)} (triton {triton.__version__})"
     if torch.version.hip is not None or _capability(device) < (8, 0):
         return f"{describe(device)} is below compute capability 8.0"
+    if "out_dtype" not in (torch.mm.__doc__ or ""):
+        return f"torch {torch.__version__} has no torch.mm(..., out_dtype=...), which newer versions have"
     return ""
 
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-#: Whether the tiles are there (AMX). Versions of torch that cannot say cannot use them from fp32 either.
-TILES: bool = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("amx_bf16", False)
-
 _onednn: Any = torch.backends.mkldnn
+#: Whether the tiles are there (AMX). Versions of torch that cannot say cannot use them from fp32 either.
+TILES: bool = (
+    hasattr(torch.cpu, "get_capabilities")
+    and hasattr(_onednn, "matmul")
+    and torch.cpu.get_capabilities().get("amx_bf16", False)
+)
 _lock = Lock()
 _inside = 0
 _before = ""

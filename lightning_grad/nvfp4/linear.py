@@ -199,12 +199,16 @@ def linear(
 
     Raises:
         TypeError: ``x`` is complex or an integer tensor.
-        ValueError: A dimension is not a multiple of 16.
+        ValueError: Shapes do not fit together, or a dimension is not a multiple of 16.
 
     Source: arXiv:2509.25149, section 4. Differs from Transformer Engine: the weight gradient is not rounded to bf16.
     """
     recipe = config or NVFP4Recipe()
     check_input(x)
+    if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"`x` {tuple(x.shape)} must end in the K of `weight` [N, K], got {tuple(weight.shape)}.")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"`bias` must have shape ({weight.shape[0]},), got {tuple(bias.shape)}.")
     if weight.shape[0] % BLOCK or weight.shape[1] % BLOCK:
         raise ValueError(f"`weight` of shape {tuple(weight.shape)} must have both dimensions a multiple of 16.")
     if recipe.mode == "bf16":
@@ -268,24 +272,27 @@ class LayerState:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_key": None, "_packed": (None, None), "shadow": None}
 
-    def first_microbatch(self, weight: Tensor) -> bool | None:
+    def first_microbatch(self, weight: Tensor, training: bool) -> bool | None:
         """Whether Transformer Engine must quantize the weight anew; ``None`` lets it do so on every call."""
         if self.session.epoch is None:
             return None
-        key = (self.session.epoch, weight._version, weight.data_ptr())
+        key = self._weight_key(weight, training)
         first, self._key = key != self._key, key
         return first
 
-    def packed_weight(self, weight: Tensor, training: bool) -> PackedWeights:
-        """The packed weight, quantized once per optimizer step; empty when caching is off.
+    def _weight_key(self, weight: Tensor, training: bool) -> tuple[Any, ...]:
+        """What changes whenever the weight does.
 
         ``_version`` alone is not a key: bitsandbytes writes through raw pointers and leaves it unchanged. The epoch
         covers optimizers, ``training`` covers callbacks that swap averaged weights in for validation.
         """
-        epoch = self.session.epoch
-        if epoch is None or torch.compiler.is_compiling():
+        return self.session.epoch, weight._version, weight.data_ptr(), weight.device, training
+
+    def packed_weight(self, weight: Tensor, training: bool) -> PackedWeights:
+        """The packed weight, quantized once per optimizer step; empty when caching is off."""
+        if self.session.epoch is None or torch.compiler.is_compiling():
             return (None, None)
-        key = (epoch, weight._version, weight.data_ptr(), weight.device, training)
+        key = self._weight_key(weight, training)
         if key != self._key:
             with torch.no_grad():
                 kernels = load(self.session.backend)
@@ -338,6 +345,8 @@ class NVFP4Linear(nn.Linear):
         if mode == "bf16" or (not self.training and (session.eval_precision == "high" or mode == "bf16_forward")):
             return super().forward(x)
         check_input(x)
+        if x.shape[-1:] != self.weight.shape[1:]:
+            raise ValueError(f"the input {tuple(x.shape)} must end in in_features={self.in_features}.")
         if session.backend == "transformer_engine":
             return te_forward(self, x, state, output_dtype(x))
         weight = self.weight

@@ -74,5 +74,5 @@ def te_forward(layer: NVFP4Linear, x: Tensor, state: LayerState, out_dtype: torc
         flat = F.pad(flat, (0, 0, 0, missing))
     # an autocast of its own: an outer one is gone when activation checkpointing recomputes in the backward pass
     with te.autocast(enabled=True, recipe=recipe):
-        out: Tensor = linear(flat, is_first_microbatch=state.first_microbatch(layer.weight))
+        out: Tensor = linear(flat, is_first_microbatch=state.first_microbatch(layer.weight, layer.training))
     return out[:tokens].view(*x.shape[:-1], layer.out_features).to(out_dtype)

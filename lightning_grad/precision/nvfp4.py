@@ -10,7 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -24,7 +24,6 @@ from lightning_grad.nvfp4.linear import NVFP4Linear, Session
 from lightning_grad.nvfp4.recipe import MODES, Mode, NVFP4Recipe
 from lightning_grad.nvfp4.te_backend import ALIGNMENT, te_autocast
 
-_SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
 _UNSUPPORTED = ("DeepSpeed", "XLA")
 
 

@@ -393,6 +393,7 @@ class ElasticWorker:
             self.session.engine.restore()
             path = self.session.journal.path
             if path is None and self._rescue is not None and len(self.session.journal):
+                self._rescue.parent.mkdir(parents=True, exist_ok=True)
                 self.session.journal.save(self._rescue)
                 path = self._rescue
             saved = f"journal saved to {path}" if path else "no record was applied yet"

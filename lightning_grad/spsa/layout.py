@@ -161,6 +161,8 @@ class Storage:
         """End a pass."""
         if self._dense is not None and not self.param.is_contiguous():
             self.param.detach().copy_(self._dense.view(self.param.shape))
+        if not self.param.is_inference():  # numpy and Triton write behind autograd's back; caches of weights look at it
+            torch.autograd.graph.increment_version(self.param)
         self._dense = None
 
     @property

@@ -75,7 +75,7 @@ def heavy_ball(largest: float, mu: float) -> tuple[float, float]:
     return (2.0 / (a + b)) ** 2, ((a - b) / (a + b)) ** 2
 
 
-def growth_limit(smallest: float, momentum: float = 0.0, growth: float = 1.2) -> float:
+def growth_limit(smallest: float, momentum: float = 0.0, growth: float = 1.2, nesterov: bool = False) -> float:
     r"""Return the learning rate at which heavy ball multiplies a displacement by ``growth`` per step.
 
     Along an eigenvector of eigenvalue :math:`-m < 0` the displacement grows by the larger root of
@@ -83,12 +83,15 @@ def growth_limit(smallest: float, momentum: float = 0.0, growth: float = 1.2) ->
 
     .. math:: \eta = \frac{(r - 1)(r - \beta)}{r\, m},
 
-    ``inf`` if ``smallest`` is not negative. The rules that look at the largest eigenvalue know nothing of this: at
-    :math:`m = L` and :math:`\beta = 0.9`, half of Polyak's step grows 3.5 times per step.
+    and with Nesterov's momentum, where the polynomial is :math:`r^2 - (1 + \beta)(1 + \eta m) r + \beta (1 + \eta m)`,
+    the same over :math:`((1 + \beta) r - \beta)\, m`; ``inf`` if ``smallest`` is not negative. The rules that look at
+    the largest eigenvalue know nothing of this: at :math:`m = L` and :math:`\beta = 0.9`, half of Polyak's step grows
+    3.5 times per step.
     """
     check_range("momentum", momentum, 0.0, 1.0, "[)")
     check_range("growth", growth, 1.0, math.inf, "()")
-    return (growth - 1.0) * (growth - momentum) / (growth * -smallest) if smallest < 0.0 else math.inf
+    slope = (1.0 + momentum) * growth - momentum if nesterov else growth
+    return (growth - 1.0) * (growth - momentum) / (slope * -smallest) if smallest < 0.0 else math.inf
 
 
 def smoothed_lr(

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_grad._lightning import asked_by_a_checkpoint
 from lightning_grad.random import philox4x64_stream
 from lightning_grad.spsa.auth import Authenticator
 from lightning_grad.spsa.elastic import ElasticOptions, ElasticWorker, Schedule
@@ -186,6 +187,10 @@ class ElasticSPSAStrategy(SPSABase, SingleDeviceStrategy):
                     " `lr_schedule`, `warmup_steps` and `total_steps`, and return no scheduler from"
                     " configure_optimizers."
                 )
+            common.check_optimizers(self.optimizers)
+            rank_zero_info(
+                f"SPSA: `lr` ({self._schedule.lr:g}) is the strategy's, and the model's optimizer is not used."
+            )
         trained = [p for p in module.parameters() if p.requires_grad]
         self.optimizers = [torch.optim.SGD(trained, lr=self._schedule.lr)] if trained else []
 
@@ -200,6 +205,7 @@ class ElasticSPSAStrategy(SPSABase, SingleDeviceStrategy):
         super().setup(trainer)
         if not fitting:
             return
+        self._stop_vote = False  # of an earlier fit
         slots = trainer.accumulate_grad_batches * self._options.directions
         with config_errors():
             self._session = Session(self._options, self._net(), slots, self._run_id)
@@ -263,7 +269,7 @@ class ElasticSPSAStrategy(SPSABase, SingleDeviceStrategy):
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002  Lightning's name
         """EarlyStopping's wish becomes a vote; the record of a step ends the run for everyone."""
-        if all:  # what ModelCheckpoint asks: a matter of this worker alone
+        if all or asked_by_a_checkpoint():  # whether a file exists or is the best: a matter of this worker alone
             return decision
         self._stop_vote = self._stop_vote or decision
         return False

@@ -169,6 +169,7 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        self._resumed = False  # an earlier fit's
         module = self._net()
         self._exchange = Exchange(self._link_timeout)
         self._exchange.broadcast_module(module)

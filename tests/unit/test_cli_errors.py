@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_grad._cli_errors import one_line, raised_by_us
+from lightning_grad._cli_errors import locate, one_line, raised_by_us
 from lightning_grad._validate import check_range
 from lightning_grad.cli import main
+from lightning_grad.sampling import JSONLPrompts
 from tests.cli_models import Tiny
 from tests.unit.test_cli import DATA, HERE, QUIET, SGD
 
@@ -208,6 +209,26 @@ def test_only_a_raise_of_ours_is_bad_input(low, ours: bool):
     with pytest.raises(ValueError) as caught:
         check_range("x", 1.0, low, 3.0)
     assert raised_by_us(caught.value) == ours
+
+
+def test_our_words_are_kept_where_another_error_is_the_cause(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "1 + 1 =", "answer": 2}\n{oops\n')
+    with pytest.raises(ValueError) as caught:  # from one of json's
+        JSONLPrompts(str(path))
+    assert re.search(r"p\.jsonl:2: not JSON", locate(caught.value, {}))
+
+
+def test_what_was_raised_from_none_has_no_cause():
+    def fail():
+        try:
+            int("x")
+        except ValueError:
+            raise ValueError("said by hand") from None
+
+    with pytest.raises(ValueError) as caught:
+        fail()
+    assert locate(caught.value, {}) == "said by hand"
 
 
 def test_a_crash_in_training_keeps_its_traceback():

@@ -114,10 +114,12 @@ def test_a_fall_counts_at_once():
 
 
 @pytest.mark.parametrize(("momentum", "growth"), [(0.0, 1.2), (0.9, 1.2), (0.9, 3.0), (0.99, 1.01)])
-def test_growth_limit_is_the_growth_of_heavy_ball(momentum, growth):
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_growth_limit_is_the_growth_of_heavy_ball(momentum, growth, nesterov):
     """torch's SGD on -m x^2 / 2 at the limit."""
     m, x = 0.6, nn.Parameter(torch.ones(1, dtype=torch.float64))
-    optimizer = torch.optim.SGD([x], lr=growth_limit(-m, momentum, growth), momentum=momentum)
+    lr, nesterov = growth_limit(-m, momentum, growth, nesterov), nesterov and momentum > 0
+    optimizer = torch.optim.SGD([x], lr=lr, momentum=momentum, nesterov=nesterov)
     for _ in range(2000 if growth < 1.1 else 60):
         before = x.item()
         x.grad = -m * x.detach()

@@ -2,6 +2,7 @@
 
 import random
 import time
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -199,3 +200,23 @@ def test_refusals(port, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"`{next(iter(bad))}` must"):
             strategy(port, **bad)
+
+
+def test_a_checkpoint_that_exists_is_no_vote_to_stop(tmp_path):
+    """Lightning asks whether a file exists as EarlyStopping asks whether to stop."""
+    mine = strategy(1)
+    runner = SimpleNamespace(strategy=mine, is_global_zero=True)
+    (tmp_path / "last.ckpt").touch()
+    checkpoint = ModelCheckpoint(tmp_path)
+    assert checkpoint.file_exists(str(tmp_path / "last.ckpt"), runner)
+    assert not checkpoint.file_exists(str(tmp_path / "other.ckpt"), runner)
+    assert not mine._stop_vote
+    assert not mine.reduce_boolean_decision(True, all=False)  # as EarlyStopping: not by this worker alone
+    assert mine._stop_vote
+
+
+def test_a_run_that_saves_its_last_checkpoint_again_and_again_reaches_its_end(port, tmp_path):
+    callbacks = [ModelCheckpoint(tmp_path, every_n_train_steps=5, save_last=True)]
+    ((_, steps, error),) = start(port, {"callbacks": callbacks, "settings": {"enable_checkpointing": True}})
+    assert (steps, error) == (30, None)
+    assert (tmp_path / "last.ckpt").exists()

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_grad.nvfp4 import NVFP4Linear
+from lightning_grad.nvfp4.linear import Session
 from lightning_grad.spsa import SPSAConfigError, SPSAEngine, digest64, fingerprint, rademacher, snap_
 from lightning_grad.spsa.engine import _choose_kernel
 from lightning_grad.spsa.kernels import TorchKernel, make_kernel, self_test
@@ -299,3 +301,19 @@ def test_exact_state_is_the_logical_values():
     e = engine()
     state = e.exact_state()
     assert np.array_equal(state["p0"].numpy(), e.params[0].detach().reshape(-1).numpy())
+
+
+@pytest.mark.parametrize("restore", ["exact", "copy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moves_are_seen_by_caches_of_weights(restore, dtype):
+    """NVFP4 layers keep a packed weight as long as its version stays; numpy changes weights behind autograd's back."""
+    layer = NVFP4Linear.convert(torch.nn.Linear(32, 32, bias=False, dtype=dtype), Session(backend="torch", epoch=0))
+    engine = SPSAEngine(layer.named_parameters(), seed=1, eps_log2=-4, restore=restore)
+    x = torch.randn(16, 32, dtype=dtype)
+    with torch.no_grad():
+        losses = [float(layer(x).float().square().sum())]
+        for sign in (1, -1):
+            engine.perturb([(0, 0, sign)])
+            losses.append(float(layer(x).float().square().sum()))
+            engine.restore()
+    assert len(set(losses)) == 3
