@@ -187,7 +187,6 @@ class ElasticSPSAStrategy(SPSABase, SingleDeviceStrategy):
                     " `lr_schedule`, `warmup_steps` and `total_steps`, and return no scheduler from"
                     " configure_optimizers."
                 )
-            common.check_optimizers(self.optimizers)
             rank_zero_info(
                 f"SPSA: `lr` ({self._schedule.lr:g}) is the strategy's, and the model's optimizer is not used."
             )
