@@ -48,7 +48,8 @@ def test_the_summary_says_what_was_reached_and_what_to_open(tmp_path, monkeypatc
     assert checkpoint == [str(tmp_path / "runs/my demo/version_0/checkpoints/last.ckpt")]
     assert opened[-2:] == ["--logdir", str(tmp_path / "runs/my demo")]
     assert out.rindex("val/loss") < out.rindex("open next")
-    assert "6/" not in out[out.index("open next") :], "the progress bar was drawn again under the summary"
+    under = out[out.index("open next") :].replace(str(tmp_path), "")  # a folder may be called pytest-276/
+    assert "6/" not in under, "the progress bar was drawn again under the summary"
     accumulator = EventAccumulator(logger.log_dir).Reload()
     assert "custom_scalars__config__" in accumulator.Tags()["tensors"]
 
