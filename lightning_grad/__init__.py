@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning_grad._command import answers_alone, load_classes
 
-__version__ = "0.1.0"
+__version__ = "0.1.1.dev0"
 
 if not answers_alone():
     from lightning_grad.callbacks import (
