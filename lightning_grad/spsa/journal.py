@@ -14,13 +14,14 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
+from itertools import count, pairwise, takewhile
 from pathlib import Path
 from typing import IO
 
 from lightning_grad._checksum import chained_crc32, replace_file
 from lightning_grad._validate import check_choice, check_int, check_range
 from lightning_grad.spsa.errors import JournalError
+from lightning_grad.spsa.locked_file import close_locked, open_locked
 
 MAGIC = b"LGSPSA\0\1"
 FORMAT = 2
@@ -326,27 +327,64 @@ class Journal:
         return cls.from_bytes(Path(path).read_bytes(), str(path))
 
     def open_append(self, path: str | os.PathLike[str]) -> None:
-        """Keep ``path`` equal to this journal from now on: write what it holds, then every appended record.
+        """Keep ``path`` equal to this journal from now on: write what it lacks, then every appended record.
 
-        Bytes of an existing file that this journal does not start with are kept beside it as ``<path>.torn``.
+        The file is locked until :meth:`close`. If it has other records than this journal, or more of them, a copy of it
+        is kept beside it as ``<path>.torn``, with a warning.
+
+        Raises:
+            JournalError: The file is no journal or one of another run, or another process writes to it.
         """
         self.close()
         path = Path(path)
-        old = path.read_bytes() if path.exists() else b""
-        if old and not self._data.startswith(old):
-            same = next((i for i, (a, b) in enumerate(zip(old, self._data, strict=False)) if a != b), len(self._data))
-            path.with_name(path.name + ".torn").write_bytes(old[same:])
-        if old != self._data:
-            self.save(path)
-        self._file = open(path, "ab")  # noqa: SIM115  lives as long as the journal
-        self.path = path
+        file = open_locked(path)
+        try:
+            file.seek(0)
+            old = file.read()
+            same = len(old)
+            if not self._data.startswith(old):
+                self._keep_what_differs(old, path)
+                same = next(
+                    (i for i, (a, b) in enumerate(zip(old, self._data, strict=False)) if a != b), len(self._data)
+                )
+            file.truncate(same)
+            file.write(self._data[same:])
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            close_locked(file)
+            raise
+        self._file, self.path = file, path
+
+    def _keep_what_differs(self, old: bytes, path: Path) -> None:
+        damaged = False
+        try:
+            theirs = Journal.from_bytes(old, str(path), on_torn=lambda text: None)
+        except JournalError as error:
+            if error.intact is None:
+                raise
+            theirs, damaged = error.intact, True
+        if theirs.header != self.header:
+            raise JournalError(
+                f"{path} is the journal of run {theirs.header.run_id!r}, not of run {self.header.run_id!r}"
+                f" ({'; '.join(self.header.differences(theirs.header))}); choose another `journal_path`, or move that"
+                " file away."
+            )
+        if not damaged and self._data.startswith(theirs._data):
+            return  # nothing but a record that was cut off
+        copy = next(c for i in count() if not (c := path.with_name(f"{path.name}.torn{i or ''}")).exists())
+        copy.write_bytes(old)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(theirs, self, strict=False)))
+        warnings.warn(
+            f"{path} held {len(theirs)} records; this run goes on after the first {shared} of them. The file as it was"
+            f" is kept as {copy}.",
+            stacklevel=3,
+        )
 
     def close(self) -> None:
-        """Flush to the disk and close the file."""
+        """Flush to the disk, unlock and close the file."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            close_locked(self._file)
             self._file = None
 
     def _new_reader(self) -> RecordReader:

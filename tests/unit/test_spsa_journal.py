@@ -1,13 +1,16 @@
 """Journal and replay: round trips, 300 flipped bits, every truncation, replay from any prefix (oracle 12)."""
 
 import itertools
+import os
 import random
+import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lightning_grad.spsa import Journal, JournalError, Record, ReplicaMismatchError, digest64, replay
+from lightning_grad.spsa import Header, Journal, JournalError, Record, ReplicaMismatchError, digest64, replay
 from tests.spsa_helpers import batches, loss_of, make_session, run_alone, tiny_model
 
 
@@ -186,15 +189,13 @@ def test_lost_swapped_and_repeated_records_are_found():
 def test_bad_headers_are_refused(change, text):
     import json
 
-    from lightning_grad.spsa import Header
-
     session, _ = live_run(steps=1)
     raw = {**json.loads(session.header.to_json()), **change}
     with pytest.raises(JournalError, match=text):
         Header.from_json(json.dumps(raw).encode())
 
 
-def test_append_goes_on_in_the_same_file_and_keeps_what_it_replaces(tmp_path):
+def test_append_goes_on_in_the_same_file_after_a_torn_record(tmp_path):
     path = tmp_path / "run.spsa"
     session, _ = live_run(path=path)
     whole = path.read_bytes()
@@ -202,11 +203,95 @@ def test_append_goes_on_in_the_same_file_and_keeps_what_it_replaces(tmp_path):
     with pytest.warns(UserWarning, match="record 11 at byte offset"):
         journal = Journal.load(path)
     journal.open_append(path)
-    assert (tmp_path / "run.spsa.torn").exists() is False or len((tmp_path / "run.spsa.torn").read_bytes()) > 0
-    last = list(session.journal)[-1]
-    journal.append(last)
+    journal.append(list(session.journal)[-1])
     journal.close()
     assert path.read_bytes() == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["run.spsa"]
+
+
+def test_a_file_that_is_a_beginning_is_completed(tmp_path):
+    session, _ = live_run()
+    whole = session.journal.to_bytes()
+    for length in (0, 5, session.journal.header_bytes - 1, session.journal.header_bytes + 3, len(whole)):
+        path = tmp_path / f"{length}.spsa"
+        path.write_bytes(whole[:length])
+        session.journal.open_append(path)
+        session.journal.close()
+        assert path.read_bytes() == whole
+    assert len(list(tmp_path.iterdir())) == 5  # nothing to keep
+
+
+def test_records_that_the_run_does_not_have_are_kept_in_a_copy_and_said(tmp_path):
+    """A run that goes on from an older checkpoint, twice."""
+    path = tmp_path / "run.spsa"
+    session, _ = live_run(path=path)
+    whole = path.read_bytes()
+    older = session.journal.prefix(5)
+    for name in ("run.spsa.torn", "run.spsa.torn1"):
+        path.write_bytes(whole)
+        with pytest.warns(
+            UserWarning, match=rf"held 12 records; .* after the first 5 of them\. .* kept as .*{name}\.$"
+        ):
+            older.open_append(path)
+        older.close()
+        assert path.read_bytes() == older.to_bytes()
+        assert (tmp_path / name).read_bytes() == whole
+    path.write_bytes(whole[:-40] + b"!" + whole[-39:])  # damaged, and so not what it should be
+    with pytest.warns(UserWarning, match="kept as .*torn2"):
+        session.journal.open_append(path)
+    session.journal.close()
+    assert path.read_bytes() == whole
+
+
+def test_a_file_of_another_run_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "run.spsa"
+    live_run(path=path)
+    whole = path.read_bytes()
+    other = Journal(replace(make_session(seed=9).header, run_id="another"))
+    text = r"is the journal of run '0123456789abcdef', not of run 'another' \(.*seed: 9 != 0.*move that file away"
+    with pytest.raises(JournalError, match=text):
+        other.open_append(path)
+    assert path.read_bytes() == whole
+    path.write_text("notes")
+    with pytest.raises(JournalError, match=r"run\.spsa: not an SPSA journal"):
+        other.open_append(path)
+    assert path.read_text() == "notes"
+    assert [p.name for p in tmp_path.iterdir()] == ["run.spsa"]
+    other.open_append(tmp_path / "mine.spsa")  # a refusal leaves nothing locked or half open
+    other.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_a_file_has_one_writer(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_grad.spsa.locked_file._PATIENCE_S", 0.0)
+    path = tmp_path / "run.spsa"
+    first, second = live_run()[0].journal, live_run()[0].journal
+    first.open_append(path)
+    with pytest.raises(
+        JournalError, match=r"another process writes to .*run.spsa: give every .* \(`journal_path`, --j"
+    ):
+        second.open_append(path)
+    inherited = os.dup(first._file.fileno())  # what a data loader's process has, too
+    first.close()
+    second.open_append(path)
+    second.close()
+    os.close(inherited)
+    assert path.read_bytes() == second.to_bytes()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(file, how):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    session, _ = live_run()
+    with pytest.warns(UserWarning, match=r"cannot be locked \(.*not supported\); let no other process write to it"):
+        session.journal.open_append(tmp_path / "run.spsa")
+    session.journal.close()
+    assert (tmp_path / "run.spsa").read_bytes() == session.journal.to_bytes()
 
 
 def test_an_unfit_record_is_refused():
