@@ -9,7 +9,7 @@ import importlib
 import inspect
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ _NOISE = (
 _NOT_A_SUBCLASS = "does not correspond to a subclass of"
 
 
-def one_line(message: str, known_keys: Iterable[str] = (), config_file: str = "") -> str:
+def one_line(message: str, known_keys: Collection[str] = (), config_file: str = "") -> str:
     """Reduce a parser's message to one line that names the key.
 
     Args:
@@ -279,7 +279,7 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean `{lowered[near[0]]}`?" if near else ""
 
 
-def _misspelt_key(name: str, known_keys: Iterable[str]) -> str:
+def _misspelt_key(name: str, known_keys: Collection[str]) -> str:
     """A hint for the first part of a dotted key that does not exist."""
     paths = [key.split(".") for key in known_keys]
     parts = name.split(".")

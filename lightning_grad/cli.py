@@ -229,13 +229,15 @@ class LightningGradCLI(LightningCLI):
         configured = section.get("trainer") or {}
         if not isinstance(configured, Namespace | dict):
             raise ConfigError(f"`trainer` takes settings like max_epochs, got {configured!r}.")
-        callbacks = kwargs.pop("callbacks", None) or configured.get("callbacks") or []
-        callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+        callbacks = _listed(kwargs.pop("callbacks", None) or configured.get("callbacks"))
+        # the stock class adds these itself; two of a kind that has state are an error
+        keys = {key for parser in self._parsers for key in parser.callback_keys}
+        given = [*callbacks, *_listed(self.trainer_defaults.get("callbacks")), *map(section.get, keys)]
         callbacks.append(_SetupErrors())
         exact = bool(section.get("exact_resume"))
-        if exact and not any(isinstance(c, RandomStateCheckpoint) for c in callbacks):
+        if exact and not any(isinstance(c, RandomStateCheckpoint) for c in given):
             callbacks.append(RandomStateCheckpoint())
-        if not any(isinstance(c, BindDataSize) for c in callbacks):
+        if not any(isinstance(c, BindDataSize) for c in given):
             callbacks.append(BindDataSize())  # idle unless an optimizer asks for the size of the training set
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         if exact:
@@ -295,14 +297,20 @@ def _chosen(section: Namespace, offered: Mapping[str, Any]) -> dict[str, Any] | 
     return None
 
 
+def _listed(value: Any) -> list[Any]:
+    """What the Trainer takes as one object, several or ``None``, as a list of its own."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _use_checksums(trainer: Trainer, plugins: Any) -> None:
     """Give the strategy our checksummed CheckpointIO where it writes single files and nobody chose another one."""
     strategy = trainer.strategy
-    chosen = plugins if isinstance(plugins, list | tuple) else [plugins]
     if (
         isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
         and type(strategy.checkpoint_io) is TorchCheckpointIO
-        and not any(isinstance(plugin, CheckpointIO) for plugin in chosen)
+        and not any(isinstance(plugin, CheckpointIO) for plugin in _listed(plugins))
     ):
         strategy.checkpoint_io = ChecksumCheckpointIO()
 

@@ -243,6 +243,25 @@ def test_exact_resume_is_on_and_not_doubled():
     assert type(cli.trainer.strategy.checkpoint_io) is TorchCheckpointIO
 
 
+class Configurable(LightningGradCLI):
+    def add_arguments_to_parser(self, parser):
+        parser.add_lightning_class_args(RandomStateCheckpoint, "random_state")
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"trainer_defaults": {"callbacks": RandomStateCheckpoint()}},
+        {"trainer_defaults": {"callbacks": [RandomStateCheckpoint()]}},
+        {"cli": Configurable},
+    ],
+    ids=["default", "defaults", "argument"],
+)
+def test_exact_resume_is_not_doubled_in_a_command_of_ones_own(own):
+    cli = run("Tiny", *SGD, **own)
+    assert sum(isinstance(c, RandomStateCheckpoint) for c in cli.trainer.callbacks) == 1
+
+
 def test_version_and_help_name_everything(capsys):
     assert main(["--version"]) == 0
     version = capsys.readouterr().out
