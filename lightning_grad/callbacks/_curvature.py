@@ -153,7 +153,10 @@ def _params(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Tensor]:
 
 
 def share_critical_batch(trainer: pl.Trainer, trace: float, lambda_max: float) -> None:
-    r"""Tell ``BatchSizeLRScaler(critical_batch="curvature")`` :math:`(\mathrm{tr} H - \lambda)/\lambda`."""
+    r"""Tell ``BatchSizeLRScaler(critical_batch="curvature")`` :math:`(\mathrm{tr} H - \lambda)/\lambda`.
+
+    It scales the learning rate, so all processes must come with the same figures.
+    """
     if not 0.0 < lambda_max < trace:
         return
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -280,9 +280,38 @@ class LanczosLearningRate(OwnsLearningRate):
         batches = [batch]
         if self.probe == "fixed":
             batches = [trainer.strategy.batch_to_device(b) for b in self._fixed]
+        found = self._spectrum(trainer, pl_module, batches)
+        largest = 0.0 if found is None else found.largest
+        if found is not None and self.correct_batch:
+            measured_on = samples_per_step(trainer, batches[0]) // trainer.accumulate_grad_batches * len(batches)
+            rest = max(0.0, found.trace - found.largest)
+            largest = max(0.0, largest - rest / measured_on) + rest / samples_per_step(trainer, batch)
+        # one decision for all processes, whatever their rounding and the size of their last batch
+        found, largest = trainer.strategy.broadcast((found, largest))
+        if found is None or found.largest <= 0.0:
+            self._skip()
+            if found is None:
+                self._warn(trainer.global_step)
+            return
+        mu = self._smallest(found, largest)
+        self._decide(trainer.optimizers[0], largest, found.smallest, mu)
+        share_critical_batch(trainer, found.trace, found.largest)
+        self._measured |= {
+            "curvature/lambda_max": largest,
+            "curvature/lambda_min": found.smallest,
+            "curvature/trace": found.trace,
+            "curvature/mu": mu,
+            "curvature/negative_mass": found.negative_mass,
+        }
+        self._pending = dict(self._measured)
+        if self.spectrum or self.figure:
+            log_spectrum(trainer, "curvature", found, histogram=self.spectrum, figure=self.figure)
+
+    def _spectrum(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: list[Any]) -> Spectrum | None:
+        """Ends of the Hessian's spectrum; ``None`` if it is not finite."""
         try:
             with curvature_operator(trainer, pl_module, batches, self.mode, self.preconditioned) as hessian:
-                found = spectrum(
+                return spectrum(
                     hessian,
                     hessian.size,
                     self.k,
@@ -293,32 +322,7 @@ class LanczosLearningRate(OwnsLearningRate):
                     reorthogonalize=reorthogonalization(hessian.size),
                 )
         except FloatingPointError:
-            self._skip()
-            self._warn(trainer.global_step)
-            return
-        if found.largest <= 0.0:
-            self._skip()
-            return
-        largest = found.largest
-        if self.correct_batch:
-            measured_on = samples_per_step(trainer, batches[0]) // trainer.accumulate_grad_batches * len(batches)
-            rest = max(0.0, found.trace - found.largest)
-            largest = max(0.0, largest - rest / measured_on) + rest / samples_per_step(trainer, batch)
-        # one decision for all processes, whatever their rounding
-        seen = (largest, found.smallest, self._smallest(found, largest))
-        largest, smallest, mu = trainer.strategy.broadcast(seen)
-        self._decide(trainer.optimizers[0], largest, smallest, mu)
-        share_critical_batch(trainer, found.trace, found.largest)
-        self._measured |= {
-            "curvature/lambda_max": largest,
-            "curvature/lambda_min": smallest,
-            "curvature/trace": found.trace,
-            "curvature/mu": mu,
-            "curvature/negative_mass": found.negative_mass,
-        }
-        self._pending = dict(self._measured)
-        if self.spectrum or self.figure:
-            log_spectrum(trainer, "curvature", found, histogram=self.spectrum, figure=self.figure)
+            return None
 
     def _skip(self) -> None:
         """Keep the learning rate: the curvature is not finite, or nowhere positive."""

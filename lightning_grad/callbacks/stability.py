@@ -259,7 +259,7 @@ class StabilityMonitor(_StepHook):
             )
             values |= {"gd_limit": limits["gd"], "sgd_limit": limits["sgd"]}
         self._pending |= values
-        share_critical_batch(trainer, trace, lambda_max)
+        share_critical_batch(trainer, *trainer.strategy.broadcast((trace, lambda_max)))
 
     def _curvature(self, hessian: HessianOperator, seed: int) -> tuple[float, float, float]:
         """Largest eigenvalue, trace, squared Frobenius norm."""

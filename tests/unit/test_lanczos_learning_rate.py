@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_grad import BatchSizeLRScaler, LanczosLearningRate, LossNormalizedLR
+from lightning_grad import BatchSizeLRScaler, LanczosLearningRate, LossNormalizedLR, StabilityMonitor
 from lightning_grad.callbacks._spectrum import density_figure
 from lightning_grad.demos import DigitsData, DigitsMLP, SourceText, TinyGPT
 from lightning_grad.statistics.curvature_lanczos import spectrum
@@ -222,6 +224,56 @@ def test_negative_curvature_keeps_the_learning_rate():
     _, memory = run([LanczosLearningRate(1, k=4)], Concave(), steps=2)
     assert logged(memory, "skipped") == [1.0, 2.0]
     assert logged(memory, "lr_applied") == [1.0, 1.0]
+
+
+class Rank(SingleDeviceStrategy):
+    """One process of two: rank 0 writes what it broadcasts into ``wire``, the other one reads it."""
+
+    def __init__(self, wire, root):
+        super().__init__("cpu")
+        self.wire, self.root = wire, root
+
+    def broadcast(self, obj, src=0):
+        if not self.root:
+            return self.wire.pop(0)
+        self.wire.append(copy.deepcopy(obj))
+        return obj
+
+
+class Scaled(Quadratic):
+    """The loss times what this process has computed, in place of rounding."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def training_step(self, batch, batch_idx):
+        return self.factor * super().training_step(batch, batch_idx)
+
+
+def on_two_ranks(make, factors):
+    """State of the callback and what the scaler was told, on both."""
+    wire, decided = [], []
+    for root, factor in zip((True, False), factors, strict=True):
+        callback, scaler = make(), BatchSizeLRScaler("gain", critical_batch="curvature")
+        run([scaler, callback], Scaled(factor), steps=1, strategy=Rank(wire, root))
+        state = callback.state_dict() if isinstance(callback, LanczosLearningRate) else {}
+        decided.append((state, scaler.critical_batch_size))
+    return decided
+
+
+@pytest.mark.parametrize("theirs", [-1.0, 2.0, math.inf])
+@pytest.mark.parametrize("correct_batch", [False, True])
+def test_every_process_decides_as_the_first(theirs, correct_batch):
+    """Curvature that only one process finds positive, or finite, would part their weights."""
+    for factors in ((1.0, theirs), (theirs, 1.0)):
+        first, second = on_two_ranks(lambda: LanczosLearningRate(1, k=4, correct_batch=correct_batch), factors)
+        assert first == second
+
+
+def test_the_critical_batch_of_a_monitor_is_that_of_the_first_process():
+    first, second = on_two_ranks(lambda: StabilityMonitor(1, k=4), (1.0, -1.0))
+    assert first == second
 
 
 def test_warmup_and_the_fixed_probe_wait():
