@@ -9,9 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# what a distributed Trainer sets in its own process; a process started later would take it for its own
-LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
-
 
 @pytest.fixture(autouse=True)
 def _deterministic():
@@ -20,16 +17,15 @@ def _deterministic():
     random.seed(0)
     np.random.seed(0)
     loud = logging.getLogger("lightning.pytorch").level  # the examples' comparisons turn it down
-    launched = {name: os.environ.get(name) for name in LAUNCH}
+    # a distributed Trainer and examples set variables in this process; one started later would take them for its own
+    environment = dict(os.environ)
     yield
     logging.getLogger("lightning.pytorch").setLevel(loud)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    for name, value in launched.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
     torch.set_default_dtype(torch.float32)
 
 

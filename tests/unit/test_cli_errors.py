@@ -68,10 +68,10 @@ WORDS = [
     # a wrong class path
     (["--model=Tinny"], "`model`: no class named 'Tinny' is known. Did you mean `Tiny`?"),
     (
-        ["--model=Mine"],
-        "`model`: no class named 'Mine' is known. Give its import path, e.g. my_file.Mine for a class in",
+        ["--model=Absent"],  # no other test may have a class of this name
+        "`model`: no class named 'Absent' is known. Give its import path, e.g. my_file.Absent for a class in",
     ),
-    (["--model=boom.Mine"], "`model`: cannot import 'boom.Mine': not today."),
+    (["--model=boom.Model"], "`model`: cannot import 'boom.Model': not today."),
     (["c.yaml"], "`c.yaml` is not an option. A config file comes after `-c`: -c c.yaml."),
     (["--model=nowhere.Tiny"], "`model`: cannot import 'nowhere.Tiny': No module named 'nowhere'."),
     ([f"--model={HERE}Tinny"], f"`model`: cannot import '{HERE}Tinny': module"),
