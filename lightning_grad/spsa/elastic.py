@@ -20,6 +20,7 @@ from lightning_grad._validate import check_choice, check_int, check_range
 from lightning_grad.spsa.auth import Authenticator
 from lightning_grad.spsa.errors import ReplicaMismatchError, StoreLostError
 from lightning_grad.spsa.membership import Contribution, Genesis, Membership, SharedRecord, next_members, vote
+from lightning_grad.spsa.observer import read_record
 from lightning_grad.spsa.replayer import catch_up, make_plan
 from lightning_grad.spsa.rule import StepUpdate, UpdateRule, quantize
 from lightning_grad.spsa.session import Session
@@ -119,6 +120,7 @@ class ElasticWorker:
         self._void: set[int] = set()
         self._base = [p.detach().clone() for p in session.engine.params] if options.heal else None
         self.stale = self.missed = self.rejected = self.replayed = 0
+        self._last_rejection = ""
         self.stopped = False
         self.waited_s = 0.0
         self.at: Callable[[str, int], None] = lambda point, step: None  # a seam for fault injection
@@ -163,7 +165,7 @@ class ElasticWorker:
                 raise TimeoutError("SPSA: the run in the store was started with another key, or with none.")
             self._say("j")
             ready = [w for w in range(self._store.count("n", 0)) if self._said("j", w) and not self._said("l", w)]
-            if len(ready) >= self._options.min_workers and min(ready) == self.worker:
+            if len(ready) >= self._options.min_workers:  # whoever sees it first: any of the ready ones may be dead
                 genesis = Genesis(self.session.header, tuple(ready), asdict(self._schedule))
                 self._store.first("g", self._auth.seal("g", 0, 0, genesis.to_bytes()))
             elif time.monotonic() > deadline:
@@ -190,9 +192,11 @@ class ElasticWorker:
             patience = (len(self.roster) + 1) * self._options.step_timeout
             if now - progress > patience or all(self._said("l", w) for w in self.roster):
                 self._propose(self.step)
-            self._store.wait([f"r/{self.step}"], _POLL_S)
+            found = self._store.wait([f"r/{self.step}"], _POLL_S)
             if self._apply_committed():
                 progress = time.monotonic()
+            elif found:
+                time.sleep(_POLL_S)  # it is no record; a member will replace it
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -237,11 +241,17 @@ class ElasticWorker:
             log.info("SPSA: the store was gone before worker %d could leave.", self.worker)
 
     def _decided(self, step: int) -> SharedRecord:
-        order = (self.roster.index(self.worker) - step) % len(self.roster)
-        if order == 0:
+        """Wait for the record of a step; propose it if all whose turn comes first have left or kept silent."""
+        roster = self.roster
+        turn = step % len(roster)
+        ahead = (roster[turn:] + roster[:turn])[: (roster.index(self.worker) - turn) % len(roster)]
+        start = time.monotonic()
+        while ahead and (left := start + (len(ahead) + 1) * self._options.step_timeout - time.monotonic()) > 0:
+            if self._store.wait([f"r/{step}"], min(_POLL_S, left)):
+                break
+            ahead = tuple(w for w in ahead if not self._said("l", w))
+        if not ahead:
             self._await_contributions(step)
-        else:
-            self._store.wait([f"r/{step}"], (order + 1) * self._options.step_timeout)
         return self._read(step) or self._propose(step)
 
     def _await_contributions(self, step: int) -> None:
@@ -313,17 +323,10 @@ class ElasticWorker:
 
     # -- records --------------------------------------------------------------------------------------------------
 
-    def _read(self, step: int, previous: tuple[int, ...] | None = None) -> SharedRecord | None:
+    def _read(self, step: int) -> SharedRecord | None:
         """The valid record of a step, if it is decided."""
-        data = self._store.get(f"r/{step}")
-        if data is None:
-            return None
-        payload = self._auth.open("r", step, 0, data)
         try:
-            if payload is None:
-                raise ValueError("its authentication code is wrong")
-            before = self.session.rule.roster if previous is None else previous
-            return self._membership.parse(payload, self.session.header, before)
+            return read_record(self._store, self._auth, self._membership, self.session.header, step)
         except ValueError as error:
             self._reject(f"the record of step {step}", None, str(error))
             return None
@@ -344,21 +347,21 @@ class ElasticWorker:
     def _apply_committed(self) -> int:
         """Apply all decided records from the current step on, element ranges at a time; returns how many."""
         rule, journal = self.session.rule, self.session.journal
-        previous, first = rule.roster, rule.step
-        step = first
-        while not self.stopped and (shared := self._read(step, previous=previous)) is not None:
-            previous = self.roster
-            journal.append(shared.record)
-            self._membership.advance(shared)
-            self.stopped = shared.record.stop
-            step += 1
-        if step > first:
-            self.session.pending = []
-            try:
-                catch_up(self.session.engine, make_plan(journal, after=rule))
-            except ReplicaMismatchError as error:
-                self._heal(error)
-            self.replayed += step - first
+        step = first = rule.step
+        try:
+            while not self.stopped and (shared := self._read(step)) is not None:
+                journal.append(shared.record)
+                self._membership.advance(shared)
+                self.stopped = shared.record.stop
+                step += 1
+        finally:  # the weights follow the journal, also if the store is lost half-way
+            if step > first:
+                self.session.pending = []
+                try:
+                    catch_up(self.session.engine, make_plan(journal, after=rule))
+                except ReplicaMismatchError as error:
+                    self._heal(error)
+                self.replayed += step - first
         return step - first
 
     def _heal(self, error: ReplicaMismatchError) -> None:
@@ -383,7 +386,10 @@ class ElasticWorker:
     def _reject(self, what: str, worker: int | None, why: str = "") -> None:
         self.rejected += 1
         whose = "" if worker is None else f" of worker {worker}"
-        log.warning("SPSA: %s%s is not valid and is ignored. %s", what, whose, why)
+        text = f"SPSA: {what}{whose} is not valid and is ignored. {why}"
+        if text != self._last_rejection:  # it may be read many times
+            log.warning("%s", text)
+        self._last_rejection = text
 
     @contextmanager
     def _told(self) -> Iterator[None]:

@@ -109,10 +109,12 @@ class Membership:
     Attributes:
         missed: Steps missed in a row, by member.
         admitted: Ids that were in a roster at some time; an id is never admitted twice.
+        previous: Roster of the step before; empty at step 0. A record names the roster only where it changed.
     """
 
     missed: dict[int, int]
     admitted: set[int] = field(default_factory=set)
+    previous: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.admitted |= set(self.missed)
@@ -124,16 +126,16 @@ class Membership:
 
     def advance(self, shared: SharedRecord) -> None:
         """Take in the record of the current step."""
+        self.previous = self.roster
         self.missed = dict(shared.members)
         self.admitted |= set(self.missed)
 
-    def parse(self, data: bytes, header: Header, previous: tuple[int, ...]) -> SharedRecord:
+    def parse(self, data: bytes, header: Header) -> SharedRecord:
         """Read the record of the current step.
 
         Args:
             data: Payload from the store.
             header: Constants of the run.
-            previous: Roster of the step before (empty at step 0): the record names the roster where it changed.
 
         Raises:
             ValueError: The bytes are no record of this step.
@@ -145,13 +147,13 @@ class Membership:
         (size,) = struct.unpack("<I", data[:4])
         if size > limit or len(data) < 4 + size + 2:
             raise ValueError("its length is wrong")
-        reader = RecordReader(unit, header.directions, first=not previous)
+        reader = RecordReader(unit, header.directions, first=not self.previous)
         reader.members = len(self.missed)
         try:
             record, end = reader.read(data[4 : 4 + size], 0)
         except Truncated:
             raise ValueError("the record inside is cut off") from None
-        expected = self.roster if self.roster != previous else None
+        expected = self.roster if self.roster != self.previous else None
         if end != size or record.roster != expected:
             raise ValueError("its roster is not that of the step")
         (count,) = struct.unpack("<H", data[4 + size : 6 + size])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_grad.spsa.auth import Authenticator
 from lightning_grad.spsa.errors import JournalError
-from lightning_grad.spsa.journal import Journal
+from lightning_grad.spsa.journal import Header, Journal
 from lightning_grad.spsa.membership import Genesis, Membership, SharedRecord
 from lightning_grad.spsa.store import Store
 
@@ -65,6 +65,23 @@ def preload(store: Store, journal: Journal, auth: Authenticator) -> None:
     store.first("g", auth.seal("g", 0, 0, genesis.to_bytes()))  # last: workers wait for it
 
 
+def read_record(
+    store: Store, auth: Authenticator, members: Membership, header: Header, step: int
+) -> SharedRecord | None:
+    """The record of ``step``, the current one of ``members``; ``None`` while it is not decided.
+
+    Raises:
+        ValueError: The store holds something else there.
+    """
+    data = store.get(f"r/{step}")
+    if data is None:
+        return None
+    payload = auth.open("r", step, 0, data)
+    if payload is None:
+        raise ValueError("its authentication code is wrong")
+    return members.parse(payload, header)
+
+
 class Observer:
     """Reads the records of a run as they come, without the weights.
 
@@ -81,7 +98,6 @@ class Observer:
     def __init__(self, store: Store, auth: Authenticator, path: Path | None = None) -> None:
         self._store, self._auth, self._path = store, auth, path
         self._members = Membership({})
-        self._previous: tuple[int, ...] = ()
         self.journal: Journal | None = None
         self.finished = False
 
@@ -99,7 +115,6 @@ class Observer:
     def _take_all(self) -> None:
         assert self.journal is not None
         while not self.finished and (shared := self._read(len(self.journal))) is not None:
-            self._previous = self._members.roster
             self.journal.append(shared.record)
             self._members.advance(shared)
             self.finished = shared.record.stop
@@ -127,8 +142,7 @@ class Observer:
 
     def _read(self, step: int) -> SharedRecord | None:
         assert self.journal is not None
-        payload = self._auth.open("r", step, 0, self._store.get(f"r/{step}") or b"")
         try:
-            return self._members.parse(payload, self.journal.header, self._previous) if payload else None
+            return read_record(self._store, self._auth, self._members, self.journal.header, step)
         except ValueError:
             return None

@@ -3,6 +3,7 @@
 import functools
 import logging
 import threading
+import time
 
 import pytest
 
@@ -68,7 +69,7 @@ def test_shared_records_are_checked_before_use():
     header = make_session().header
     members = Membership({0: 0, 2: 1})
     good = SharedRecord(Record(b"\x38\x7f", 0.1, (0, 2)), {0: 0, 2: 2, 5: 0})
-    assert members.parse(good.to_bytes(), header, ()) == good
+    assert members.parse(good.to_bytes(), header) == good
     data = good.to_bytes()
     bad = [
         b"", data[:3], data[:-1], data + b"\0", b"\xff\xff\xff\x7f" + data[4:], data[:4] + b"\x33" + data[5:],
@@ -78,10 +79,10 @@ def test_shared_records_are_checked_before_use():
     ]  # fmt: skip
     for wrong in bad:
         with pytest.raises(ValueError):
-            members.parse(wrong, header, ())
+            members.parse(wrong, header)
     members.advance(SharedRecord(good.record, {0: 0}))
     with pytest.raises(ValueError, match="brings back a member that had left"):
-        members.parse(SharedRecord(Record(b"\x38", None, (0,)), {0: 0, 2: 0}).to_bytes(), header, (0, 2))
+        members.parse(SharedRecord(Record(b"\x38", None, (0,)), {0: 0, 2: 0}).to_bytes(), header)
 
 
 def test_members_are_dropped_admitted_and_never_readmitted():
@@ -168,13 +169,7 @@ def test_a_run_of_one_and_an_observer(tmp_path):
 def test_garbage_replayed_and_oversized_messages_are_ignored_and_logged(caplog):
     """Oracle of the security section: with a key, whatever an outsider writes counts as absent."""
     run = Alone(key=KEY, min_workers=1, max_missed=9)
-    one = run.worker()
-    one.join()
-    two = run.worker()
-    two._store.put("j/1", run.auth.seal("j", 0, 1, b"1"))
-    step(one)  # lets worker 1 in
-    two.join()
-    assert one.roster == two.roster == (0, 1)
+    one, two = two_members(run)
     genuine = run.auth.seal("c", 0, 1, Contribution(b"\x38").to_bytes())
     messages = [b"garbage", genuine, b"\0" * 1_000_000, Authenticator(RUN, KEY[::-1]).seal("c", 4, 1, b"\0\x38")]
     caplog.set_level(logging.WARNING)
@@ -214,17 +209,100 @@ def test_nobody_answers():
         Store(f"127.0.0.1:{free_port()}", RUN, connect_timeout_s=1.0)
 
 
+def two_members(run):
+    """Two workers after step 0, which let the second one in."""
+    one = run.worker()
+    one.join()
+    two = run.worker()
+    two._say("j")
+    step(one)
+    two.join()
+    assert one.roster == two.roster == (0, 1)
+    return one, two
+
+
+def test_a_worker_that_dies_before_the_run_starts_holds_nobody_up():
+    run = Alone(min_workers=2, join_timeout=20.0)
+    dead, alive = run.worker(), run.worker()
+    dead._say("j")
+    start = time.monotonic()
+    alive.join()
+    assert time.monotonic() - start < 5.0
+    assert alive.roster == (0, 1)
+    step(alive)  # waits for the dead one until it is dropped
+    assert alive.step == 1
+
+
+def test_nobody_waits_for_a_member_that_leaves_in_its_own_turn():
+    run = Alone(min_workers=1, step_timeout=20.0)
+    one, two = two_members(run)
+    leaves = threading.Timer(0.3, two.leave)  # step 1 is worker 1's; worker 0 waits already
+    leaves.start()
+    start = time.monotonic()
+    update = step(one)
+    assert 0.2 < time.monotonic() - start < 5.0
+    assert (update.step, update.abstained) == (1, 1)
+    assert one.roster == (0,)
+    leaves.join()
+
+
+def test_a_newcomer_that_meets_garbage_for_a_record_does_not_spin(caplog):
+    run = Alone(step_timeout=0.3)
+    one = run.worker()
+    one.join()
+    run.store.put("r/0", b"garbage")
+    two = run.worker()
+    reads, real = [], two._store.get
+    two._store.get = lambda key: (reads.append(key), real(key))[1]
+    caplog.set_level(logging.WARNING)
+    two.join()  # the members are silent: it decides the step itself
+    assert two.step > 0
+    assert reads.count("r/0") < 20
+    assert caplog.text.count("the record of step 0 is not valid") == 1
+
+
+class Lost:
+    """A connection that breaks when a record is asked for, once."""
+
+    def __init__(self, store, step):
+        self._store, self._key = store, f"r/{step}"
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def get(self, key):
+        if key == self._key:
+            self._key = ""
+            raise StoreLostError("gone")
+        return self._store.get(key)
+
+
+def test_a_store_that_is_lost_while_catching_up_leaves_weights_and_journal_at_one_step(tmp_path):
+    run = Alone()
+    one = run.worker()
+    one.join()
+    for _ in range(5):
+        step(one)
+    two = run.worker()
+    two.session.journal.open_append(tmp_path / "two.spsa")
+    two._store = Lost(two._store, 3)
+    with pytest.raises(StoreLostError, match=r"at step 3; journal saved to .*two\.spsa"):
+        two.join()
+    assert len(two.session.journal) == two.step == two.replayed == 3
+    kept = Journal.load(tmp_path / "two.spsa")
+    assert replay(tiny_model().named_parameters(), kept).digest64() == two.session.engine.digest64()
+    step(one)  # the last
+    two.prepare()  # the store is back
+    assert two.session.journal.to_bytes() == one.session.journal.to_bytes()
+    assert two.session.engine.digest64() == one.session.engine.digest64()
+
+
 @pytest.mark.parametrize("heal", [False, True])
 def test_a_replica_that_differs_says_so_or_heals(heal):
     from lightning_grad.spsa import ReplicaMismatchError
 
     run = Alone(heal=heal, min_workers=1)
-    one = run.worker()
-    one.join()
-    two = run.worker()
-    two._store.put("j/1", b"1")
-    step(one)
-    two.join()
+    one, two = two_members(run)
     two.session.engine.params[0].detach()[0, 0] += 1.0
     run.store.put(f"c/{one.step}/1", Contribution(b"\x38").to_bytes())
     step(one)  # step 1 carries a digest
@@ -239,12 +317,7 @@ def test_a_replica_that_differs_says_so_or_heals(heal):
 def test_of_two_records_proposed_at_once_the_first_holds():
     """Both members have built a record of step 3, different ones, before either writes it."""
     run = Alone(min_workers=1, step_timeout=0.2)
-    one = run.worker()
-    one.join()
-    two = run.worker()
-    two._store.put("j/1", b"1")
-    step(one)
-    two.join()
+    one, two = two_members(run)
     both_built, built = threading.Barrier(2), []
 
     def build(inner, number):
