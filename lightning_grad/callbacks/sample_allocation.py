@@ -282,6 +282,17 @@ class DynamicSampleAllocation(TensorBoardCharts):
         elif self._prompts is not None:
             self._position = self._prompts.loader.position
 
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Say what a batch holds, if the first one failed: ``x, y = batch`` was right with another loader."""
+        first = self._scores is not None and self.iteration == 0 and self._position == 0
+        if first and isinstance(exception, ValueError | TypeError | LookupError | AttributeError):
+            exception.add_note(
+                "A batch of AllocatedLoader is a dict with `data` (what a DataLoader would give), `index` and `weight`."
+                f" {type(pl_module).__name__}.training_step takes its examples from batch['data'] and returns the loss"
+                " (batch['weight'] * losses).mean()."
+            )
+
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the next epoch."""
         if self._scores is not None:

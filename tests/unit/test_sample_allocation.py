@@ -331,3 +331,21 @@ def test_ordinary_examples(objective):
     assert float(weight[large].max()) < 1 < float(weight[~large].min())
     # each stratum carries the weight of its share in the data, up to the draw of one example
     assert float(weight[large].sum()) == pytest.approx(40, abs=0.01 if objective == "strata" else 5.0)
+
+
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_a_training_step_of_before_is_told_what_a_batch_holds(fails_at):
+    class Unchanged(Weighted):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == fails_at:
+                images, labels = batch
+            return super().training_step(batch, batch_idx)
+
+    model = Unchanged()
+    model.seen, model.scores = [], torch.ones(16)
+    loader = AllocatedLoader(TensorDataset(torch.rand(16, 1, 8, 8), torch.zeros(16, dtype=torch.int64)), batch_size=8)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[DynamicSampleAllocation(objective="importance")])
+    with pytest.raises(ValueError, match="too many values to unpack") as raised:
+        trainer.fit(model, loader)
+    notes = "".join(getattr(raised.value, "__notes__", []))
+    assert ("Unchanged.training_step takes its examples from batch['data']" in notes) == (fails_at == 0)
