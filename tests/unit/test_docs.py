@@ -93,24 +93,49 @@ def is_config(block: Block) -> bool:
     return isinstance(content, dict) and bool(CONFIG_KEYS & content.keys())
 
 
-@pytest.mark.parametrize("block", [block for block in blocks("yaml", "yml") if is_config(block)], ids=str)
-def test_config_is_accepted(block, tmp_path, monkeypatch, capsys):
+CONFIGS = [block for block in blocks("yaml", "yml") if is_config(block)]
+HEADER = re.compile(r"# (?P<name>\w+\.yaml)(?:: lightning-grad fit (?P<words>-c [^\n(]+))?")
+QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+
+
+def is_whole(block: Block) -> bool:
+    return {"model", "data"} <= yaml.safe_load(block.code).keys()
+
+
+@pytest.mark.parametrize("block", [block for block in CONFIGS if is_whole(block)], ids=str)
+def test_config_is_accepted(block, tmp_path, capsys):
     from lightning_grad.cli import main
 
-    content = yaml.safe_load(block.code)
     config = tmp_path / "config.yaml"
     config.write_text(block.code)
-    rest = []
-    if "model" not in content:  # a fragment to put into one's own config
-        rest += ["--model", "lightning_grad.demos.DigitsCNN"]
-    if "data" not in content:
-        rest += ["--data", "lightning_grad.demos.DigitsData"]
     with pytest.raises(SystemExit) as end:
-        main(["fit", *rest, "-c", str(config), "--print_config"])
+        main(["fit", "-c", str(config), "--print_config"])
     out, err = capsys.readouterr()
     assert end.value.code == 0, err
     printed = yaml.safe_load(out)
-    assert content.keys() <= printed.keys()
+    assert yaml.safe_load(block.code).keys() <= printed.keys()
+
+
+@pytest.mark.parametrize("block", [block for block in CONFIGS if not is_whole(block)], ids=str)
+def test_a_fragment_runs_by_the_command_in_its_first_line(block, tmp_path, monkeypatch):
+    """The files it names are blocks of the same page, or `digits.yaml` of the first page, to which the page links."""
+    from lightning_grad.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    header = HEADER.match(block.code)
+    assert header, "the first line must say how to run it: # NAME.yaml: lightning-grad fit -c digits.yaml -c NAME.yaml"
+    assert header["words"]
+    start = ROOT / "docs" / "index.md"
+    # what is written later wins: this block, then the page's first of that name
+    for other in [*(b for page in (start, block.page) for b in CONFIGS[::-1] if b.page == page), block]:
+        if named := HEADER.match(other.code):
+            Path(named["name"]).write_text(other.code)
+    text = block.page.read_text(encoding="utf-8")
+    if "digits.yaml" in header["words"] and "# digits.yaml\n" not in text:
+        assert "index.md#or-configure-everything-in-yaml" in text
+    words = header["words"].split()
+    steps = "--trainer.max_steps=25"  # more than an epoch of digits
+    assert main(["fit", *words, *QUIET, steps, "--trainer.limit_val_batches=1"]) == 0
 
 
 @pytest.mark.parametrize("block", blocks("yaml", "yml"), ids=str)

@@ -338,7 +338,7 @@ def test_a_training_step_of_before_is_told_what_a_batch_holds(fails_at):
     class Unchanged(Weighted):
         def training_step(self, batch, batch_idx):
             if batch_idx == fails_at:
-                images, labels = batch
+                _images, _labels = batch
             return super().training_step(batch, batch_idx)
 
     model = Unchanged()
