@@ -21,21 +21,29 @@ class Authenticator:
     Args:
         run_id: Name of the run.
         key: Secret of at least 16 bytes, or ``None``.
+        variable: Environment variable the key is from, for errors.
 
     Raises:
         SPSAConfigError: The key is too short.
     """
 
-    def __init__(self, run_id: str, key: bytes | None) -> None:
-        if key is not None and len(key) < _MIN_KEY:
-            raise SPSAConfigError(f"the key for messages must have at least {_MIN_KEY} bytes, got {len(key)}.")
+    def __init__(self, run_id: str, key: bytes | None, variable: str | None = None) -> None:
         self._run_id, self._key = run_id, key
+        self._name = "the key for messages" if variable is None else f"the key in {variable} (`auth_key_env`)"
+        if key is not None and len(key) < _MIN_KEY:
+            raise SPSAConfigError(f"{self._name} must have at least {_MIN_KEY} bytes, got {len(key)}.")
 
     @classmethod
     def from_environment(cls, run_id: str, variable: str) -> Authenticator:
         """Take the key from an environment variable; an unset or empty one means plain messages."""
         text = os.environ.get(variable, "")
-        return cls(run_id, text.encode() or None)
+        return cls(run_id, text.encode() or None, variable)
+
+    @property
+    def advice(self) -> str:
+        """What to do when the messages of others cannot be read."""
+        here = "is not set here" if self._key is None else "is not the sender's"
+        return f"{self._name} {here}. Give the store and all workers of a run the same key, or none."
 
     def seal(self, kind: str, step: int, worker: int, payload: bytes) -> bytes:
         """The message to send."""

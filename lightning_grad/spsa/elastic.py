@@ -20,7 +20,7 @@ from lightning_grad._validate import check_choice, check_int, check_range
 from lightning_grad.spsa.auth import Authenticator
 from lightning_grad.spsa.errors import ReplicaMismatchError, StoreLostError
 from lightning_grad.spsa.membership import Contribution, Genesis, Membership, SharedRecord, next_members, vote
-from lightning_grad.spsa.observer import read_record
+from lightning_grad.spsa.observer import read_genesis, read_record
 from lightning_grad.spsa.replayer import catch_up, make_plan
 from lightning_grad.spsa.rule import StepUpdate, UpdateRule, quantize
 from lightning_grad.spsa.session import Session
@@ -143,7 +143,7 @@ class ElasticWorker:
         """Found the run or catch up with it, and become a member.
 
         Raises:
-            SPSAConfigError: The run has other settings or other base weights.
+            SPSAConfigError: The run has other settings, other base weights or another key.
             TimeoutError: Not enough workers came, or nobody let this one in.
         """
         with self._told():
@@ -155,26 +155,23 @@ class ElasticWorker:
 
     def _genesis(self) -> Genesis:
         deadline = time.monotonic() + self._options.join_timeout
-        while True:
-            data = self._store.get("g")
-            if data is not None:
-                payload = self._auth.open("g", 0, 0, data)
-                if payload is not None:
-                    return Genesis.from_bytes(payload)
-                self._reject("the start of the run", None)
-                raise TimeoutError("SPSA: the run in the store was started with another key, or with none.")
+        while (genesis := read_genesis(self._store, self._auth)) is None:
             self._say("j")
-            ready = [w for w in range(self._store.count("n", 0)) if self._said("j", w) and not self._said("l", w)]
+            here = [w for w in range(self._store.count("n", 0)) if self._store.has([f"j/{w}"])]
+            ready = [w for w in here if self._said("j", w) and not self._said("l", w)]
             if len(ready) >= self._options.min_workers:  # whoever sees it first: any of the ready ones may be dead
-                genesis = Genesis(self.session.header, tuple(ready), asdict(self._schedule))
-                self._store.first("g", self._auth.seal("g", 0, 0, genesis.to_bytes()))
+                mine = Genesis(self.session.header, tuple(ready), asdict(self._schedule))
+                self._store.first("g", self._auth.seal("g", 0, 0, mine.to_bytes()))
             elif time.monotonic() > deadline:
+                strange = [w for w in here if not self._said("j", w)]
                 raise TimeoutError(
                     f"SPSA: {len(ready)} of `min_workers` {self._options.min_workers} workers came within"
                     f" {self._options.join_timeout:g} s."
+                    + (f" Messages of {len(strange)} more cannot be read: {self._auth.advice}" if strange else "")
                 )
             else:
                 self._store.wait(["g"], _POLL_S)
+        return genesis
 
     def _await_admission(self) -> None:
         """Apply records until a roster holds this worker; if the members are dead, move the run on."""
@@ -402,7 +399,7 @@ class ElasticWorker:
                 self._rescue.parent.mkdir(parents=True, exist_ok=True)
                 self.session.journal.save(self._rescue)
                 path = self._rescue
-            saved = f"journal saved to {path}" if path else "no record was applied yet"
+            saved = f"journal saved to {path}" if path else "there was no journal to save"
             raise StoreLostError(
                 f"SPSA: lost the store at {self._store.address} at step {self.step}; {saved}; restart the store with"
                 f" --journal {path or 'FILE'} and the workers with the same run_id."

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from lightning_grad.spsa.auth import Authenticator
-from lightning_grad.spsa.errors import JournalError
+from lightning_grad.spsa.auth import MAC_SIZE, Authenticator
+from lightning_grad.spsa.errors import JournalError, SPSAConfigError
 from lightning_grad.spsa.journal import Header, Journal
 from lightning_grad.spsa.membership import Genesis, Membership, SharedRecord
 from lightning_grad.spsa.store import Store
+
+log = logging.getLogger(__name__)
+_PAUSE_S = 0.1
 
 
 def longest(journals: Mapping[str, Journal]) -> Journal | None:
@@ -65,6 +71,28 @@ def preload(store: Store, journal: Journal, auth: Authenticator) -> None:
     store.first("g", auth.seal("g", 0, 0, genesis.to_bytes()))  # last: workers wait for it
 
 
+def read_genesis(store: Store, auth: Authenticator) -> Genesis | None:
+    """The start of the run; ``None`` while there is none.
+
+    Raises:
+        SPSAConfigError: It was written with another key.
+        JournalError: The store holds something else there.
+    """
+    data = store.get("g")
+    if data is None:
+        return None
+    payload = auth.open("g", 0, 0, data)
+    if payload is None:
+        raise SPSAConfigError(f"the start of the run in the store cannot be read: {auth.advice}")
+    try:
+        return Genesis.from_bytes(payload)
+    except JournalError:
+        with suppress(JournalError):
+            Genesis.from_bytes(payload[:-MAC_SIZE])
+            raise SPSAConfigError(f"the start of the run in the store is sealed: {auth.advice}") from None
+        raise
+
+
 def read_record(
     store: Store, auth: Authenticator, members: Membership, header: Header, step: int
 ) -> SharedRecord | None:
@@ -98,51 +126,67 @@ class Observer:
     def __init__(self, store: Store, auth: Authenticator, path: Path | None = None) -> None:
         self._store, self._auth, self._path = store, auth, path
         self._members = Membership({})
+        self._rejected = ""
         self.journal: Journal | None = None
         self.finished = False
 
     def poll(self, timeout_s: float) -> int:
-        """Wait up to ``timeout_s`` for news; returns the number of records read."""
-        if self.journal is None and not self._begin(timeout_s):
-            return 0
-        assert self.journal is not None
-        before = len(self.journal)
-        if not self.finished:
-            self._store.wait([f"r/{before}"], timeout_s)
-        self._take_all()
-        return len(self.journal) - before
+        """Wait up to ``timeout_s`` for news; returns the number of records read.
 
-    def _take_all(self) -> None:
-        assert self.journal is not None
-        while not self.finished and (shared := self._read(len(self.journal))) is not None:
-            self.journal.append(shared.record)
-            self._members.advance(shared)
-            self.finished = shared.record.stop
+        What cannot be read is logged once and left for the members to deal with: they need no observer.
+        """
+        deadline = time.monotonic() + timeout_s
+        found = self._take()
+        while not found and not self.finished and (left := deadline - time.monotonic()) > 0:
+            there = self._store.wait(["g" if self.journal is None else f"r/{len(self.journal)}"], left)
+            found = self._take()
+            if there and not found:
+                time.sleep(min(_PAUSE_S, left))
+        return found
 
     def close(self) -> None:
         """Close the journal file."""
         if self.journal is not None:
             self.journal.close()
 
-    def _begin(self, timeout_s: float) -> bool:
-        if not self._store.wait(["g"], timeout_s):
-            return False
-        payload = self._auth.open("g", 0, 0, self._store.get("g") or b"")
-        if payload is None:
-            raise JournalError("the run in the store was started with another key, or with none.")
-        genesis = Genesis.from_bytes(payload)
-        self._members = Membership(dict.fromkeys(genesis.roster, 0))
-        self.journal = Journal(genesis.header)
-        if self._path is not None:
+    def _take(self) -> int:
+        """Read all records that are decided; returns how many."""
+        new = self.journal is None
+        if new:
+            self._begin()
+        if self.journal is None:
+            return 0
+        before = len(self.journal)
+        while not self.finished and (shared := self._read()) is not None:
+            self.journal.append(shared.record)
+            self._members.advance(shared)
+            self.finished = shared.record.stop
+        if new and self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # the store may hold no more than an older file does: then nothing of the file may be lost
-            self._take_all()
+            # only now: the store may hold no more than an older file does, and nothing of the file may be lost
             self.journal.open_append(self._path)
-        return True
+        return len(self.journal) - before
 
-    def _read(self, step: int) -> SharedRecord | None:
+    def _begin(self) -> None:
+        try:
+            genesis = read_genesis(self._store, self._auth)
+        except (SPSAConfigError, JournalError) as error:
+            self._reject(str(error))
+            return
+        if genesis is not None:
+            self._members = Membership(dict.fromkeys(genesis.roster, 0))
+            self.journal = Journal(genesis.header)
+
+    def _read(self) -> SharedRecord | None:
         assert self.journal is not None
+        step = len(self.journal)
         try:
             return read_record(self._store, self._auth, self._members, self.journal.header, step)
-        except ValueError:
+        except ValueError as error:
+            self._reject(f"the record of step {step} is not valid: {error}.")
             return None
+
+    def _reject(self, text: str) -> None:
+        if text != self._rejected:
+            log.warning("SPSA: %s", text)
+        self._rejected = text

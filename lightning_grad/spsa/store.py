@@ -13,6 +13,7 @@ from torch import distributed as dist
 from lightning_grad.spsa.errors import StoreLostError
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-4, 2e-2
+_GET_S = 0.5
 _c10d: Any = dist  # the stubs know neither the stores nor that values are bytes
 
 
@@ -41,15 +42,26 @@ class Store:
         serve: Whether to be the server.
 
     Raises:
-        StoreLostError: Nobody answers at the address.
+        StoreLostError: Nobody answers at the address, or it cannot be served at.
     """
 
     def __init__(self, address: str, run_id: str, connect_timeout_s: float = 30.0, serve: bool = False) -> None:
         self.address = address
         host, port = split_address(address)
         timeout = timedelta(seconds=connect_timeout_s)
-        with self._told():
+        try:
             self._tcp = _c10d.TCPStore(host, port, is_master=serve, wait_for_workers=False, timeout=timeout)
+        except dist.DistNetworkError as error:
+            if serve:
+                reason = str(error).partition("\n")[0].rstrip(".")
+                text = f"cannot serve at {address}: {reason}. Does another store run there? Choose another port."
+            else:
+                text = (
+                    f"nobody answers at `store` {address} within {connect_timeout_s:g} s. Start it with `lightning-grad"
+                    f" spsa store --port {port} --run-id {run_id}`, and see that this machine reaches it."
+                )
+            raise StoreLostError(f"SPSA: {text}") from error
+        self._tcp.set_timeout(timedelta(seconds=_GET_S))
         self._keys = _c10d.PrefixStore(run_id, self._tcp)
 
     @contextmanager
@@ -65,9 +77,12 @@ class Store:
             self._keys.set(key, value)
 
     def get(self, key: str) -> bytes | None:
-        """Value of a key, or ``None``; never waits."""
+        """Value of a key, or ``None``; does not wait for one."""
         with self._told():
-            return bytes(self._keys.get(key)) if self._keys.check([key]) else None
+            try:
+                return bytes(self._keys.get(key)) if self._keys.check([key]) else None
+            except dist.DistStoreError:  # deleted in between, and torch's get waits for a key
+                return None
 
     def has(self, keys: Sequence[str]) -> bool:
         """Whether all keys are set."""

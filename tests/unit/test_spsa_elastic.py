@@ -4,6 +4,7 @@ import functools
 import logging
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,13 +49,16 @@ def test_messages_are_bound_to_kind_run_step_and_sender():
         assert auth.open("c", 3, 1, damaged) is None
     plain = Authenticator("a", None)
     assert plain.open("c", 0, 0, plain.seal("c", 0, 0, b"x")) == b"x"
-    with pytest.raises(SPSAConfigError, match="at least 16 bytes, got 3"):
+    with pytest.raises(SPSAConfigError, match="the key for messages must have at least 16 bytes, got 3"):
         Authenticator("a", b"key")
 
 
 def test_key_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("K", KEY.decode())
     assert len(Authenticator.from_environment("a", "K").seal("c", 0, 0, b"")) == 16
+    monkeypatch.setenv("K", "short")
+    with pytest.raises(SPSAConfigError, match=r"the key in K \(`auth_key_env`\) must have at least 16 bytes, got 5"):
+        Authenticator.from_environment("a", "K")
     monkeypatch.delenv("K")
     assert Authenticator.from_environment("a", "K").seal("c", 0, 0, b"") == b""
 
@@ -187,26 +191,94 @@ def test_garbage_replayed_and_oversized_messages_are_ignored_and_logged(caplog):
     assert two.session.engine.digest64() == one.session.engine.digest64()
 
 
-def test_a_worker_with_another_key_or_other_settings_cannot_join():
+WRONG_KEYS = {KEY[::-1]: "is not the sender's", None: "is not set here"}
+
+
+@pytest.mark.parametrize("key", WRONG_KEYS)
+def test_another_key_is_named_and_ends_neither_the_run_nor_its_store(key, caplog):
     run = Alone(key=KEY)
     one = run.worker()
     one.join()
-    with pytest.raises(TimeoutError, match="another key, or with none"):
-        run.worker(auth=Authenticator(RUN, KEY[::-1])).join()
+    wrong = Authenticator(RUN, key, "MY_KEY")
+    text = rf"the start of the run .* the key in MY_KEY \(`auth_key_env`\) {WRONG_KEYS[key]}\. Give the store and all"
+    with pytest.raises(SPSAConfigError, match=text):
+        run.worker(auth=wrong).join()
+    store = Observer(run.store, wrong)
+    assert [store.poll(0.01) for _ in range(3)] == [0, 0, 0]
+    assert caplog.text.count(WRONG_KEYS[key]) == 1
+    step(one)
+
+
+def test_a_sealed_start_does_not_fit_an_unsealed_run():
+    run = Alone()
+    run.worker().join()
+    with pytest.raises(SPSAConfigError, match="is not the sender's"):
+        run.worker(auth=Authenticator(RUN, KEY)).join()
+
+
+@pytest.mark.parametrize("key", WRONG_KEYS)
+def test_workers_that_cannot_read_each_other_say_why_none_came(key):
+    run = Alone(key=KEY, min_workers=2, join_timeout=0.3)
+    run.worker()._say("j")
+    with pytest.raises(TimeoutError, match=rf"1 of `min_workers` 2 .* Messages of 1 more .* {WRONG_KEYS[key]}"):
+        run.worker(auth=Authenticator(RUN, key)).join()
+
+
+def test_an_observer_waits_at_a_record_that_is_none(caplog):
+    run = Alone()
+    one = run.worker()
+    one.join()
+    watching = Observer(run.store, run.auth)
+    watching.poll(0.0)
+    run.store.put("r/0", b"garbage")
+    reads, real = [], watching._store.get
+    watching._store.get = lambda key: (reads.append(key), real(key))[1]
+    start = time.monotonic()
+    assert watching.poll(0.3) == 0
+    assert time.monotonic() - start > 0.29
+    assert reads.count("r/0") < 10
+    assert caplog.text.count("the record of step 0 is not valid: its length is wrong") == 1
+    step(one)  # puts a record in its place
+    assert watching.poll(0.3) == 1
+
+
+def test_a_worker_with_other_settings_cannot_join():
+    run = Alone()
+    run.worker().join()
     with pytest.raises(SPSAConfigError, match=r"differs from the run it joins: seed: 9 != 0; total_steps: 7 != 6"):
         run.worker(seed=9, total_steps=7).join()
 
 
 def test_not_enough_workers_is_said():
-    run = Alone(min_workers=2)
+    run = Alone(min_workers=2, join_timeout=0.3)
     worker = run.worker()
-    with pytest.raises(TimeoutError, match="1 of `min_workers` 2 workers came within 2 s"):
+    with pytest.raises(TimeoutError, match=r"1 of `min_workers` 2 workers came within 0\.3 s\.$"):
         worker.join()
 
 
-def test_nobody_answers():
-    with pytest.raises(StoreLostError, match=r"lost the store at 127\.0\.0\.1"):
-        Store(f"127.0.0.1:{free_port()}", RUN, connect_timeout_s=1.0)
+def test_an_address_that_does_not_work_is_said():
+    address = f"127.0.0.1:{free_port()}"
+    text = (
+        rf"nobody answers at `store` {address} within 0\.5 s\. Start it with `lightning-grad spsa store --port \d+ --r"
+    )
+    with pytest.raises(StoreLostError, match=text):
+        Store(address, RUN, connect_timeout_s=0.5)
+    store = Store(address, RUN, serve=True)
+    with pytest.raises(
+        StoreLostError, match=rf"cannot serve at {address}: .*address already in use\. Does another store"
+    ):
+        Store(address, RUN, serve=True)
+    del store
+
+
+def test_a_key_that_is_deleted_while_it_is_read_is_absent():
+    """Torch's own ``get`` would wait for it."""
+    store = Store(f"127.0.0.1:{free_port()}", RUN, serve=True)
+    keys = store._keys
+    store._keys = SimpleNamespace(check=lambda names: True, get=keys.get)
+    start = time.monotonic()
+    assert store.get("gone") is None
+    assert time.monotonic() - start < 5.0
 
 
 def two_members(run):
