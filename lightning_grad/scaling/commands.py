@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -92,10 +93,10 @@ def advise(args: Sequence[str] | None = None) -> int:
     compute, ratio = 6 * options.params * options.tokens, options.tokens / options.params
     print(f"\ncompute 6ND {compute:.3g}, {ratio:.3g} tokens per parameter")
     print("A factor of 1.5 in the learning rate or of 2 in the batch costs about 0.1 to 0.3 % of the loss.")
-    if law.notice:
-        print(law.notice)
+    # in the fragment, so that it goes along when that is pasted into a config
+    notice = textwrap.fill(law.notice, 110, initial_indent="# ", subsequent_indent="# ") + "\n" if law.notice else ""
     print(
-        f"\n# {sequences} sequences a step; the law was fitted with a cosine that ends at {FINAL_LR:g}\n"
+        f"\n# {sequences} sequences a step; the law was fitted with a cosine that ends at {FINAL_LR:g}\n{notice}"
         f"trainer: {{max_steps: {steps}}}\n"
         f"optimizer: {{class_path: AdamW, init_args: {{lr: {law.lr:.3e}}}}}\n"
         f"lr_scheduler: {{class_path: CosineAnnealingLR, init_args: {{T_max: {steps}, eta_min: {FINAL_LR:.1e}}}}}\n"

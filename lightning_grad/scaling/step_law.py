@@ -75,7 +75,7 @@ def step_law(N: float, D: float, seq_len: int | None = None) -> StepLaw:
         ratio = max(lr / refit_lr, refit_lr / lr)
         notice = (
             f"Extrapolation: {' and '.join(outside)}. A refit of the published runs gives a learning rate that differs"
-            f" by a factor of {ratio:.2f} here; try both."
+            f" by a factor of {ratio:.2f} here, {refit_lr:.3e} instead of {lr:.3e}; try both."
         )
     return StepLaw(lr, batch, None if seq_len is None else batch / seq_len, refit_lr, refit_batch, notice)
 

@@ -37,8 +37,10 @@ def test_advise(capsys):
     out = capsys.readouterr().out
     assert "1.433e-03" in out
     assert "1,107,715" in out
-    assert "Extrapolation: params 1.2e+09" in out
-    fragment = yaml.safe_load(out[out.index("# 512 sequences") :])
+    text = out[out.index("# 512 sequences") :]
+    assert "# Extrapolation: params 1.2e+09" in text, "it must go along when the fragment is pasted"
+    assert "1.267e-03 instead of 1.433e-03; try both." in " ".join(text.replace("#", "").split())
+    fragment = yaml.safe_load(text)
     assert fragment["optimizer"] == {"class_path": "AdamW", "init_args": {"lr": 1.433e-3}}
     assert fragment["trainer"]["max_steps"] == round(100e9 / (512 * 2048))
     assert fragment["lr_scheduler"]["init_args"]["eta_min"] == 1e-5
