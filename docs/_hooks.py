@@ -78,13 +78,13 @@ def _moved(link: re.Match[str]) -> str:
 
 
 def which_method() -> str:
-    """The README's table of methods, with the links of a page in methods/."""
+    """The README's tables of methods, with the links of a page in methods/."""
     readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
-    (section,) = re.findall(r"^## Every method\n(.*?\n(?:\|[^\n]*\n)+)", readme, re.MULTILINE | re.DOTALL)
+    (section,) = re.findall(r"^## Every method\n(.*?)(?=^## )", readme, re.MULTILINE | re.DOTALL)
     section = re.sub(r"\[[^]]*\]\((examples/\w+)/README\.md\)", r"`\1`", section)  # examples are not on the site
     for source, page in (("docs/methods/", ""), ("docs/", "../"), ("benchmarks/RESULTS.md", "../benchmarks.md")):
         section = section.replace(f"]({source}", f"]({page}")
-    return f"## Which method\n{section}"
+    return f"## Which method\n{section.rstrip()}\n"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

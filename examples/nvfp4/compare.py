@@ -1,8 +1,9 @@
 """TinyGPT in float32 and under NVFP4, same seed and batches: validation loss and saved activation memory.
 
-    python examples/nvfp4/compare.py [--short] [--out FOLDER]
+    python examples/nvfp4/compare.py [--short] [--lr LR] [--out FOLDER]
 
-Prints the table of the README and draws compare.png (with --short: a few steps).
+Prints the table of the README and draws compare.png (with --short: a few steps). --lr: another peak rate than 1e-3;
+the first two rows and no picture.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad import NVFP4Precision, NVFP4PrecisionSwitch
-from lightning_grad.demos import RecordMetrics, SourceText, TinyGPT, comparison
+from lightning_grad.demos import RecordMetrics, SourceText, TinyGPT
+from lightning_grad.demos.comparison import comparison_parser, parse_comparison
 
 HERE = Path(__file__).parent
 RUNS: dict[str, tuple[dict[str, Any] | None, float | None]] = {
@@ -41,9 +43,9 @@ class WSD(TinyGPT):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def train(plugin: NVFP4Precision | None, switch: float | None, seed: int, steps: int) -> RecordMetrics:
+def train(plugin: NVFP4Precision | None, switch: float | None, lr: float, steps: int) -> RecordMetrics:
     record = RecordMetrics()
-    pl.seed_everything(seed, verbose=False)
+    pl.seed_everything(0, verbose=False)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=steps, val_check_interval=max(steps // 3, 1), logger=False,
         plugins=[] if plugin is None else [plugin], enable_checkpointing=False, enable_progress_bar=False,
@@ -51,7 +53,7 @@ def train(plugin: NVFP4Precision | None, switch: float | None, seed: int, steps:
         enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
     data = SourceText(block_size=128, batch_size=8, num_val_blocks=32 if steps < 100 else 128)
-    trainer.fit(WSD(num_layers=4, dim=128, num_heads=4, block_size=128, lr=1e-3), datamodule=data)
+    trainer.fit(WSD(num_layers=4, dim=128, num_heads=4, block_size=128, lr=lr), datamodule=data)
     return record
 
 
@@ -85,27 +87,30 @@ def saved_bytes(plugin: NVFP4Precision | None) -> tuple[int, int]:
 def main() -> None:
     import matplotlib.pyplot as plt
 
-    short, plot = comparison(__doc__, __file__)
-    seeds, steps = ((0,), 4) if short else ((0,), 300)
+    parser = comparison_parser(__doc__)
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    options = parse_comparison(parser, __file__)
+    whole_table = options.lr == 1e-3 and not options.short
     figure, axes = plt.subplots(figsize=(7, 4))
-    base: dict[int, float] = {}
-    print("| run | seed | validation loss | against float32 |\n|---|---|---|---|")
-    for name, (arguments, switch) in list(RUNS.items())[: 2 if short else None]:
-        for seed in seeds:
-            record = train(None if arguments is None else NVFP4Precision(**arguments), switch, seed, steps)
-            loss = record.last("val/loss")
-            base.setdefault(seed, loss)
-            print(f"| {name} | {seed} | {loss:.4f} | {loss / base[seed] - 1:+.2%} |", flush=True)
-            if seed == 0:
-                axes.plot(*zip(*record.curves["val/loss"], strict=True), label=name)
+    base = None
+    print(f"| run, rate {options.lr:g} | validation loss | against float32 |\n|---|---|---|")
+    for name, (arguments, switch) in list(RUNS.items())[: None if whole_table else 2]:
+        plugin = None if arguments is None else NVFP4Precision(**arguments)
+        record = train(plugin, switch, options.lr, 4 if options.short else 300)
+        loss = record.last("val/loss")
+        base = base or loss
+        print(f"| {name} | {loss:.4f} | {loss / base - 1:+.2%} |", flush=True)
+        axes.plot(*zip(*record.curves["val/loss"], strict=True), label=name)
+    if options.lr != 1e-3:
+        return
     one, whole = saved_bytes(None)
     one4, whole4 = saved_bytes(NVFP4Precision(keep_last=0))
     print(f"\nkept for backward, input of one linear layer [1024, 128]: {one:,} -> {one4:,} bytes ({one4 / one:.1%})")
     print(f"kept for backward, whole model, 1024 tokens: {whole:,} -> {whole4:,} bytes ({whole4 / whole:.1%})")
     axes.set(xlabel="step", ylabel="validation loss")
     axes.legend()
-    figure.savefig(plot, dpi=100, bbox_inches="tight")
-    print(f"drawn: {plot}")
+    figure.savefig(options.plot, dpi=100, bbox_inches="tight")
+    print(f"drawn: {options.plot}")
 
 
 if __name__ == "__main__":

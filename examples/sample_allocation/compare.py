@@ -1,13 +1,15 @@
 """An even split against allocated samples on ArithmeticChain: variance of the gradient, and accuracy at equal budget.
 
-    python examples/sample_allocation/compare.py [--short] [--out FOLDER]
+    python examples/sample_allocation/compare.py [--short] [--shrink] [--out FOLDER]
 
-Prints the two tables of the README and draws compare.png (with --short: a few steps).
+Prints the two tables of the README and draws compare.png (with --short: a few steps). --shrink: the table of the
+methods page instead, what mixing the weights of the reward objectives with an even split does.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -17,9 +19,10 @@ from lightning_grad.allocation.e_step import EStep
 from lightning_grad.allocation.integer import allocate
 from lightning_grad.allocation.planner import AllocationRule
 from lightning_grad.allocation.prompt_weights import allocation_weights
-from lightning_grad.demos import ArithmeticPolicy, ArithmeticPrompts, comparison
+from lightning_grad.demos import ArithmeticPolicy, ArithmeticPrompts
 from lightning_grad.demos import arithmetic as chain
-from lightning_grad.demos.arithmetic_oracle import gradient_statistics, planned_ratios
+from lightning_grad.demos.arithmetic_oracle import GradientStatistics, gradient_statistics, planned_ratios
+from lightning_grad.demos.comparison import comparison_parser, parse_comparison
 
 HERE = Path(__file__).parent
 EVEN = 10**9
@@ -31,17 +34,37 @@ def base_model(steps: int) -> ArithmeticPolicy:
     return model.eval()
 
 
+def measured(model: ArithmeticPolicy, prompts: int, samples: int) -> tuple[list[Any], GradientStatistics]:
+    """Problems, and what is true of the model on them."""
+    problems = ArithmeticPrompts(prompts, seed=3).loader.prompts
+    tokens = torch.stack([tokens for tokens, _ in problems])
+    answers = torch.tensor([answer for _, answer in problems])
+    return problems, gradient_statistics(model.policy, tokens, answers, samples, rejected=40)
+
+
+def shrink_table(model: ArithmeticPolicy, prompts: int, samples: int, repetitions: int) -> None:
+    problems, truth = measured(model, prompts, samples)
+    shrinks = (0.0, 0.5, 0.6, 0.75, 0.9)
+    print(f"8 pilots, {repetitions} draws, variance / even split: mean and worst\n")
+    print("| objective | " + " | ".join(f"shrink {s:g}" for s in shrinks) + " |\n|" + "---|" * (len(shrinks) + 1))
+    for objective in ("reward_baseline", "reward"):
+        cells = []
+        for shrink in shrinks:
+            rule = AllocationRule(objective=objective, shrink=shrink)
+            e_step = EStep(rule, pilot_mode="discard", pilot_samples=8)
+            ratios = planned_ratios(truth, e_step, model, problems, 8 * prompts, repetitions)
+            cells.append(f"{ratios.mean():.3f}, {ratios.max():.3f}")
+        print(f"| {objective} | " + " | ".join(cells) + " |", flush=True)
+
+
 def variance_table(model: ArithmeticPolicy, prompts: int, samples: int, repetitions: int) -> None:
-    loader = ArithmeticPrompts(prompts, seed=3).loader
-    tokens = torch.stack([tokens for tokens, _ in loader.prompts])
-    answers = torch.tensor([answer for _, answer in loader.prompts])
-    truth = gradient_statistics(model.policy, tokens, answers, samples, rejected=40)
+    problems, truth = measured(model, prompts, samples)
     budget = 8 * prompts
     print(f"Variance of the full gradient, {prompts} prompts, {budget} samples, {repetitions} draws of the pilots\n")
     print("| objective | rule | pilots | variance / even split | worst draw |\n|---|---|---|---|---|")
     for objective, pilots in (("em", 4), ("em", 8), ("em", 16), ("reward_baseline", 8)):
         e_step = EStep(AllocationRule(objective=objective), pilot_mode="discard", pilot_samples=pilots)
-        ratios = planned_ratios(truth, e_step, model, loader.prompts, budget, repetitions)
+        ratios = planned_ratios(truth, e_step, model, problems, budget, repetitions)
         numbers = f"{ratios.mean():.3f} ± {ratios.std():.3f} | {ratios.max():.3f}"
         print(f"| {objective} | its own | {pilots} | {numbers} |", flush=True)
     weights = allocation_weights(truth.p, truth.norm2.sqrt())
@@ -78,12 +101,15 @@ def train(state: dict[str, torch.Tensor], warmup: int, epochs: int, seed: int) -
 def main() -> None:
     import matplotlib.pyplot as plt
 
-    short, plot = comparison(__doc__, __file__)
+    parser = comparison_parser(__doc__)
+    parser.add_argument("--shrink", action="store_true", help="the table of the methods page instead")
+    options = parse_comparison(parser, __file__)
+    short = options.short
     model = base_model(30 if short else 800)
-    if short:
-        variance_table(model, 4, 40, 2)
-    else:
-        variance_table(model, 64, 300, 10)
+    if options.shrink:
+        shrink_table(model, *((4, 40, 2) if short else (64, 300, 60)))
+        return
+    variance_table(model, *((4, 40, 2) if short else (64, 300, 10)))
     state = model.state_dict()
     epochs, seeds = (1, 2) if short else (8, 3)
     print(f"\nHeld-out accuracy at equal budget, 128 prompts, 1024 samples an iteration, {seeds} seeds\n")
@@ -97,8 +123,8 @@ def main() -> None:
     plt.xlabel("iteration (8 samples per prompt)")
     plt.ylabel("held-out accuracy")
     plt.legend()
-    plt.savefig(plot, dpi=100, bbox_inches="tight")
-    print(f"drawn: {plot}")
+    plt.savefig(options.plot, dpi=100, bbox_inches="tight")
+    print(f"drawn: {options.plot}")
 
 
 if __name__ == "__main__":

@@ -73,21 +73,22 @@ def main() -> None:
     short, plot = comparison(__doc__, __file__)
     steps, burn_in = (40, 20) if short else (3000, 1000)
     train_set, images, labels = data()
-    print(f"{'prediction':32s} {'accuracy':>9s} {'log loss':>9s} {'calibration error':>18s}")
+    print(f"{'prediction':36s} {'accuracy':>9s} {'log loss':>9s} {'calibration error':>18s}")
     figure, axes = plt.subplots(figsize=(5, 4))
     for name, make in {
         "AdamW, one network": partial(torch.optim.AdamW, lr=2e-3),
-        "SGHMC, posterior samples": partial(SGHMC, lr=0.05, friction=0.1, weight_decay=1e-3, temperature=0.02, seed=0),
+        "SGHMC, temperature 0.02": partial(SGHMC, lr=0.05, friction=0.1, weight_decay=1e-3, temperature=0.02, seed=0),
+        "SGHMC, temperature 1": partial(SGHMC, lr=0.02, friction=0.1, weight_decay=1e-3, seed=0),
     }.items():
         samples = PosteriorSamples(burn_in_steps=burn_in, every_n_steps=10 if short else 50)
         model = train(make, train_set, steps, samples)
         if name.startswith("SGHMC"):
             probabilities = samples.predict(model, partial(predict, model, images)).mean(0)
-            name = f"SGHMC, {len(samples)} posterior samples"
+            name = f"{name}, {len(samples)} samples"
         else:
             probabilities = predict(model, images)
         accuracy, nll, error = scores(probabilities, labels)
-        print(f"{name:32s} {accuracy:9.4f} {nll:9.4f} {error:18.4f}")
+        print(f"{name:36s} {accuracy:9.4f} {nll:9.4f} {error:18.4f}")
         axes.hist(probabilities.max(1).values.numpy(), bins=20, range=(0, 1), alpha=0.5, label=name)
     axes.set(xlabel="confidence", ylabel="validation images", yscale="log")
     axes.legend()

@@ -1,4 +1,4 @@
-"""MiniLM on docstrings with forward passes only: one worker, and four workers that exchange bytes.
+"""MiniLM on docstrings with forward passes only: one worker, four workers that exchange bytes; and backpropagation.
 
     python examples/spsa_minilm/compare.py [--short] [--out FOLDER]
 
@@ -32,6 +32,13 @@ class Decaying(MiniLMSentences):
         steps = max(int(self.trainer.max_steps), 1)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1.0 / steps, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Backpropagation(MiniLMSentences):
+    """Adam on the last layer."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.upper[-1].requires_grad_(True).parameters(), lr=1e-4)
 
 
 class Curve(pl.Callback):
@@ -78,6 +85,20 @@ def train(workers: int, steps: int, seed: int, every: int, sizes: dict[str, int]
         return rows
 
 
+def backpropagate(steps: int, sizes: dict[str, int]) -> tuple[float, float]:
+    """Validation loss and accuracy."""
+    pl.seed_everything(1, verbose=False)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    model, data = Backpropagation(), DocstringData(seed=0, **sizes)
+    trainer.fit(model, datamodule=data)
+    trainer.limit_val_batches = 1.0
+    (metrics,) = trainer.validate(model, datamodule=data, verbose=False)
+    return metrics["val/loss"], metrics["val/acc"]
+
+
 def main() -> None:
     import matplotlib.pyplot as plt
 
@@ -95,6 +116,8 @@ def main() -> None:
         for axis, column in zip(axes, (1, 2), strict=True):
             axis.plot([row[0] for row in rows], [row[column] for row in rows], "o-", label=name)
     print(f"{'before training':16s} {0:8d} {rows[0][1]:9.3f} {rows[0][2]:8.3f}")
+    start, (loss, accuracy) = time.perf_counter(), backpropagate(2 if short else 60, sizes)
+    print(f"{'backpropagation':16s} {'':8s} {loss:9.3f} {accuracy:8.3f} {time.perf_counter() - start:8.0f}")
     for axis, title in zip(axes, ("validation loss", "validation accuracy"), strict=True):
         axis.set(xlabel="forward passes of all workers", title=title)
         axis.legend()
