@@ -90,7 +90,7 @@ class NVFP4Monitor(TensorBoardCharts):
         names = [layer._nvfp4.name for layer in plugin.layers]
         if self.layers is not None:
             names = [name for name in names if any(fnmatch(name, pattern) for pattern in self.layers)]
-        plugin.session.probe = Recorder(names[: self.max_layers], self.tensors, self.wgrad_error)
+        plugin.session.probe = Recorder(names[: self.max_layers], self.tensors, self.wgrad_error, self.histograms)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -101,6 +101,5 @@ class NVFP4Monitor(TensorBoardCharts):
         if not isinstance(recorder, Recorder):
             return
         log_scalars(trainer, recorder.scalars() | {"nvfp4/mode": float(MODES.index(plugin.mode))})
-        if self.histograms:
-            for tag, values in recorder.histograms.items():
-                log_histogram(trainer, tag, values)
+        for tag, values in recorder.histograms.items():
+            log_histogram(trainer, tag, values)

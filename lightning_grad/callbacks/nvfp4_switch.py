@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_grad._lightning import logging_step
 from lightning_grad._tensorboard import log_scalars
 from lightning_grad._validate import check_choice, check_int, check_range
 from lightning_grad.nvfp4.recipe import MODES
@@ -34,7 +35,7 @@ class NVFP4PrecisionSwitch(pl.Callback):
     and the loss gap fell from 1.5 % to 0.5 % for 6 % more compute; a switch in the last percent still helped.
 
     Args:
-        at: Optimizer step, or a fraction in (0, 1) of all optimizer steps.
+        at: Optimizer step as ``trainer.global_step`` counts them, or a fraction in (0, 1) of the run.
         mode: ``"bf16_forward"`` quantizes in the backward pass only; ``"bf16"`` nothing.
 
     Raises:
@@ -53,32 +54,33 @@ class NVFP4PrecisionSwitch(pl.Callback):
             check_int("at", at, 0)
         check_choice("mode", mode, ("bf16_forward", "bf16"))
         self.at, self.mode = at, mode
-        self._threshold: int | None = None
+        self._total: float | None = None
         self._done = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the plugin."""
         nvfp4_plugin(trainer, "NVFP4PrecisionSwitch")
-        self._threshold, self._done = None, False
+        self._total, self._done = None, False
 
-    def _switch_step(self, trainer: pl.Trainer) -> int:
+    def _due(self, trainer: pl.Trainer) -> bool:
         if isinstance(self.at, int):
-            return self.at
-        total = trainer.estimated_stepping_batches
-        if total in (-1, math.inf):
+            return trainer.global_step >= self.at
+        if self._total is None:
+            self._total = trainer.estimated_stepping_batches
+        if self._total in (-1, math.inf):
             raise MisconfigurationException(
                 f"NVFP4PrecisionSwitch(at={self.at}) is a fraction of a run without an end; set `max_steps` or give a"
                 " step."
             )
-        return math.ceil(self.at * total)
+        # with several optimizers `global_step` counts the steps of all, as `max_steps` does, but not the estimate
+        by_steps = trainer.max_steps > 0 and trainer.global_step >= math.ceil(self.at * trainer.max_steps)
+        return by_steps or logging_step(trainer) >= math.ceil(self.at * self._total)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Switch when the step is reached."""
-        if self._threshold is None:
-            self._threshold = self._switch_step(trainer)
-        if self._done or trainer.global_step < self._threshold:
+        if self._done or not self._due(trainer):
             return
         self._done = True
         plugin = nvfp4_plugin(trainer, "NVFP4PrecisionSwitch")

@@ -22,7 +22,7 @@ from lightning_grad.nvfp4.exact_products import exact_products
 from lightning_grad.nvfp4.format import BLOCK, ScaleRounding
 from lightning_grad.nvfp4.hadamard import transformed_rows
 from lightning_grad.nvfp4.recipe import Draw, NVFP4Recipe, Operand, Packed
-from lightning_grad.nvfp4.stream import ROLE_COLUMNS, Counters
+from lightning_grad.nvfp4.stream import ROLE_COLUMNS, device_words
 from lightning_grad.nvfp4.torch_backend import TorchBackend, transform_signs
 from lightning_grad.random import philox4x32
 
@@ -57,7 +57,8 @@ def _round(x: Tensor, factor: Tensor, scales: Tensor, k: Tensor | None) -> Tenso
     return (fmt.round_nearest_(y) if k is None else fmt.round_stochastic_(y, k.float())) * scales
 
 
-def _packed_columns(x: Tensor, signs: Sequence[int] | None) -> Many:
+def packed_columns(x: Tensor, signs: Sequence[int] | None) -> Many:
+    """Codes, scale codes and amax of ``x[R, C]`` in bf16, transformed, in blocks over dimension 0."""
     values, codes, _, factor, amax = _columns(x, signs, "nearest")
     return fmt.encode_pairs(_to_range(values, factor)).to(torch.uint8), codes[:, 0], amax, factor, values
 
@@ -91,11 +92,6 @@ def _product(a: Tensor, b: Tensor, amax_a: Tensor, amax_b: Tensor, bias: Tensor 
     return (out if bias is None else out + bias.float()).to(dtype)
 
 
-def packed_columns(x: Tensor, signs: Sequence[int] | None) -> Many:
-    """Codes, scale codes and amax of ``x[R, C]`` in bf16, transformed, in blocks over dimension 0."""
-    return _packed_columns(x, signs)
-
-
 def forward(
     x: Tensor,
     padded: Tensor | None,
@@ -122,7 +118,7 @@ def forward(
     values, amax, *stored = _row_values(x, "nearest", None)
     w = unpacked(weight[0], weight[1])
     out = _product(values, w if transposed else w.t(), amax, weight[2], bias, dtype)
-    return out, (*(() if padded is None else _packed_columns(padded, signs)), *stored)
+    return out, (*(() if padded is None else packed_columns(padded, signs)), *stored)
 
 
 def backward(
@@ -229,15 +225,6 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@cache
-def _constant(word: int, device: torch.device) -> Tensor:
-    return torch.tensor(word, dtype=torch.int64, device=device)
-
-
-def _counters(counters: Counters, device: torch.device) -> Many:
-    return tuple(word if isinstance(word, Tensor) else _constant(word, device) for word in counters)
-
-
 def _narrow(x: Tensor) -> Tensor:
     x = x.detach()
     return (x if x.dtype == torch.bfloat16 else x.float().to(torch.bfloat16)).contiguous()
@@ -267,14 +254,28 @@ def _agree(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> bool:
     return True
 
 
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    """What code for ``x[M, C]`` may depend on: dtype, device, C, how M fills groups of 16, and M = 1 or C.
+
+    Compilers make other code where two sizes are equal, or one is 1; else code serves every M.
+    """
+    rows, columns = x.shape
+    return x.dtype, x.device, columns, rows % BLOCK, rows == 1, rows == columns
+
+
+def _sizes(weight: Tensor | Packed | None) -> torch.Size | None:
+    return None if weight is None else (weight.codes if isinstance(weight, Packed) else weight).shape
+
+
 class CompiledBackend(TorchBackend):
     """:class:`TorchBackend` with compiled passes: the same bits.
 
     The first call of each compiles, about a minute for all on a CPU, and needs a C++ compiler there. Inside a function
     that is being compiled itself the eager form is traced.
 
-    Compilers of loops differ by processor, so nothing is taken on trust: the first result for each shape and recipe is
-    compared with eager mode, which replaces the compiled form for good where they differ.
+    Compilers of loops differ by processor, so nothing is taken on trust: the first result for each recipe, weight and
+    kind of token count (:func:`_kind`) is compared with eager mode, which replaces the compiled form for good where
+    they differ.
     """
 
     def __init__(self) -> None:
@@ -328,7 +329,7 @@ class CompiledBackend(TorchBackend):
             out, kept = super(CompiledBackend, self).forward(x, weight, bias, recipe, out_dtype, keep)
             return out, *(kept or ())
 
-        key = ("forward", x.shape, x.device, x.dtype, recipe, bias is None, out_dtype, keep)
+        key = ("forward", _kind(x), _sizes(weight), recipe, bias is None, out_dtype, keep)
         out, *kept = self._checked(key, compiled, eager)
         return out, Packed(*kept) if keep else None
 
@@ -351,7 +352,7 @@ class CompiledBackend(TorchBackend):
                 None if x is None else _padded(dyb),
                 transform_signs(recipe),
                 "nearest" if draw is None else recipe.sr_scale,
-                None if draw is None else _counters(draw.counters, dy.device),
+                None if draw is None else device_words(draw.counters, dy.device),
                 "" if draw is None else str(draw.seed),
                 w,
                 x,
@@ -364,7 +365,8 @@ class CompiledBackend(TorchBackend):
 
         if weight is None and x is None:
             return None, None
-        key = ("backward", dy.shape, dy.device, dy.dtype, recipe, draw is None, weight is None, x is None, dtypes)
+        k = None if x is None else x.codes.shape[-1]
+        key = ("backward", _kind(dy), k, _sizes(weight), recipe, draw is None, dtypes)
         dx, dw = self._checked(key, compiled, eager)
         return dx, dw
 
@@ -383,7 +385,7 @@ class CompiledBackend(TorchBackend):
             assert kept is not None
             return kept
 
-        return None, Packed(*self._checked(("activation", x.shape, x.device, x.dtype, recipe), compiled, eager))
+        return None, Packed(*self._checked(("activation", _kind(x), recipe), compiled, eager))
 
     def pack_weight(self, weight: Tensor, recipe: NVFP4Recipe, backward: bool) -> Packed:
         """See :meth:`TorchBackend.pack_weight`."""

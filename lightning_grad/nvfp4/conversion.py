@@ -57,13 +57,14 @@ def select(
 
     Raises:
         ValueError: ``blocks`` names nothing, or every block would stay.
+        NotImplementedError: A chosen layer has a weight split over a tensor-parallel group.
     """
     patterns = DEFAULT_EXCLUDE if exclude is None else tuple(exclude)
     found = Selection()
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     shared = _weights_used_elsewhere(model, multiple)
     for name, module in linears.items():
-        reason = _reason(name, module, multiple, shared) or _name_reason(name, include, patterns)
+        reason = _reason(module, multiple, shared) or _name_reason(name, include, patterns)
         found.report[name] = reason or CONVERTED
     eligible = [name for name, reason in found.report.items() if reason == CONVERTED]
     groups = _blocks(model, blocks, set(eligible))
@@ -85,6 +86,7 @@ def select(
         elif name not in in_blocks and include is None:
             found.report[name] = "outside the blocks; name it in `include` to convert it"
         else:
+            _refuse_tensor_parallel(name, linears[name].weight)
             found.layers[name] = linears[name]
     found.unmatched = [p for p in include or () if not any(fnmatch(name, p) for name in linears)]
     return found
@@ -98,7 +100,7 @@ def convert(selection: Selection, session: Session) -> list[NVFP4Linear]:
     ]
 
 
-def _reason(name: str, module: nn.Linear, multiple: int, shared: set[int]) -> str:
+def _reason(module: nn.Linear, multiple: int, shared: set[int]) -> str:
     """Why the layer itself cannot be converted; empty if it can."""
     if type(module) not in (nn.Linear, NVFP4Linear):
         return f"{type(module).__name__} is a subclass of nn.Linear that may bypass `forward`"
@@ -108,7 +110,6 @@ def _reason(name: str, module: nn.Linear, multiple: int, shared: set[int]) -> st
         return f"weight has dtype {module.weight.dtype}"
     if id(module.weight) in shared:
         return "weight is shared with a module that is not converted"
-    _refuse_tensor_parallel(name, module.weight)
     return ""
 
 
@@ -144,7 +145,7 @@ def _refuse_tensor_parallel(name: str, weight: Tensor) -> None:
         if placement.is_shard() and not dim.startswith(("data", "dp", "fsdp", "replicate", "shard")) and dim:
             raise NotImplementedError(
                 f"NVFP4Precision cannot convert {name}: its weight is sharded over the mesh dimension {dim!r}."
-                " Use a data-parallel mesh only, or exclude the layer."
+                " Use a data-parallel mesh only, or name the layer in `exclude`."
             )
 
 

@@ -13,12 +13,17 @@ from lightning_grad.nvfp4 import format as fmt
 from lightning_grad.nvfp4.backends import load, resolve
 from lightning_grad.nvfp4.format import BLOCK, NVFP4Tensor, ScaleRounding
 from lightning_grad.nvfp4.recipe import Backend, Draw, Operand
+from lightning_grad.nvfp4.stream import check_stream
 from lightning_grad.nvfp4.torch_backend import finish
 from lightning_grad.random import Word
 
 
 def functional_backend(name: str, device: torch.device) -> Backend:
-    """Backend of a functional call; "auto" means Triton on a CUDA device that can run it, else torch."""
+    """Backend of a functional call; "auto" means Triton on a CUDA device that can run it, else torch.
+
+    Raises:
+        RuntimeError: The named backend cannot run on ``device``.
+    """
     if name == "auto":
         name = "triton" if device.type == "cuda" and resolve("auto", device)[0] != "torch" else "torch"
     elif name not in ("torch", "torch+compile"):
@@ -27,7 +32,12 @@ def functional_backend(name: str, device: torch.device) -> Backend:
 
 
 def check_matrix(name: str, x: Tensor, block: tuple[int, int] = (1, BLOCK)) -> None:
-    """Refuse what the format cannot hold."""
+    """Refuse what the format cannot hold.
+
+    Raises:
+        TypeError: ``x`` is complex or an integer tensor.
+        ValueError: ``x`` is not a matrix, or does not divide into blocks.
+    """
     if x.is_complex() or not x.is_floating_point():
         raise TypeError(f"`{name}` must be a real floating-point tensor, got {x.dtype}.")
     if x.ndim != 2:
@@ -51,18 +61,25 @@ def quantize(
     """Quantize a matrix to NVFP4.
 
     Args:
-        x: ``[R, C]`` of any real floating dtype; converted to fp32 first (exact for bf16).
+        x: ``[R, C]`` of any real floating dtype, C (with 16x16 blocks R too) a multiple of 16; converted to fp32 first
+            (exact for bf16).
         block: ``(1, 16)`` or ``(16, 16)``.
-        rounding: To nearest even, or stochastically.
+        rounding: To nearest even, or stochastically (1x16 blocks only).
         u: Explicit uniforms in [0, 1) of the shape of ``x``, instead of the stream.
-        seed: Key of the stochastic-rounding stream.
-        counters: Step, ``layer << 1 | role`` and rank.
-        amax: Per-tensor magnitude to use instead of the tensor's own (for example one reduced over ranks).
+        seed: Key of the stochastic-rounding stream, in [0, 2**64).
+        counters: Step, ``layer << 1 | role`` and rank, each in [0, 2**32).
+        amax: Per-tensor magnitude to use instead of the tensor's own (for example one reduced over ranks): one
+            floating number >= 0.
         sr_scale: Rounding of the block scales of stochastically rounded tensors.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
+    Returns:
+        Codes, block scales and amax on the device of ``x``.
+
     Raises:
-        ValueError: Not a matrix, or not divisible into blocks.
+        TypeError: ``x`` is complex or an integer tensor.
+        ValueError: Not a matrix, not divisible into blocks, or an argument out of range.
+        RuntimeError: The named backend cannot run here.
     """
     if block not in ((1, BLOCK), (BLOCK, BLOCK)):
         raise ValueError(f"`block` must be (1, 16) or (16, 16), got {block!r}.")
@@ -75,11 +92,12 @@ def quantize(
         raise ValueError(
             f"`u` needs rounding='stochastic' and the shape of `x` {tuple(x.shape)}, got {tuple(u.shape)}."
         )
+    if amax is not None and (amax.numel() != 1 or not amax.is_floating_point()):
+        raise ValueError(f"`amax` must be one floating number, got {amax.dtype} of shape {tuple(amax.shape)}.")
     scale_rounding: ScaleRounding = "nearest"
     draw = None
     if rounding == "stochastic":
-        c1, c2, c3 = counters
-        draw, scale_rounding = Draw(seed, (c1, c2, c3)), sr_scale
+        draw, scale_rounding = Draw(seed, check_stream(seed, counters)), sr_scale
     kernels = functional_backend(backend, x.device)
     with torch.no_grad():
         return kernels.quantize(x.detach(), block, amax, scale_rounding, u, draw)
@@ -91,12 +109,20 @@ def _scale_values(q: NVFP4Tensor) -> Tensor:
 
 
 def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Decode: ``fl(e2m1 * fl(fl(scale * amax) * fl(1 / 2688)))``, then cast."""
+    """Decode: ``fl(e2m1 * fl(fl(scale * amax) * fl(1 / 2688)))``, then cast.
+
+    Args:
+        q: A quantized matrix ``[R, C]``.
+        dtype: Of the result.
+
+    Returns:
+        ``[R, C]``.
+    """
     return (fmt.decode_e2m1(fmt.unpack(q.codes)) * ((_scale_values(q) * q.amax) * fmt.INV_TENSOR_MAX)).to(dtype)
 
 
 def decode_operand(q: NVFP4Tensor) -> Tensor:
-    """``e2m1 * scale`` in fp32, without the per-tensor scale: what the GEMMs multiply."""
+    """``e2m1 * scale`` as fp32 ``[R, C]``, without the per-tensor scale: what the GEMMs multiply."""
     return fmt.decode_e2m1(fmt.unpack(q.codes)) * _scale_values(q)
 
 
@@ -106,12 +132,20 @@ def matmul(
     """``a @ b.T + bias`` of ``a [M, K]`` and ``b [N, K]``, accumulated in fp32.
 
     Args:
-        a: Left operand.
-        b: Right operand, transposed in the product.
+        a: Left operand ``[M, K]``.
+        b: Right operand ``[N, K]``, transposed in the product.
         out_dtype: Dtype of the result, rounded once.
         bias: ``[N]``, added in fp32.
+
+    Returns:
+        ``[M, N]``.
+
+    Raises:
+        ValueError: K differs, or ``bias`` is not ``[N]``.
     """
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"`a` {a.shape} and `b` {b.shape} must have equal second dimensions.")
+    if bias is not None and bias.shape != (b.shape[0],):
+        raise ValueError(f"`bias` must have shape ({b.shape[0]},), got {tuple(bias.shape)}.")
     left, right = Operand(decode_operand(a), a.amax), Operand(decode_operand(b), b.amax)
     return finish(left.values @ right.values.t(), left, right, bias, out_dtype)

@@ -13,6 +13,7 @@ from lightning_grad.nvfp4.backends import load, resolve
 from lightning_grad.nvfp4.format import BLOCK
 from lightning_grad.nvfp4.probe import Probe
 from lightning_grad.nvfp4.recipe import Draw, Mode, NVFP4Recipe, Packed
+from lightning_grad.nvfp4.stream import check_stream
 from lightning_grad.nvfp4.te_backend import te_forward
 
 
@@ -192,14 +193,18 @@ def linear(
         bias: ``[N]``.
         config: Recipe switches; ``None`` is the full recipe.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
-        seed: Key of the stochastic-rounding stream.
-        step: Counter word 1: number of the backward pass.
-        layer_id: Counter word 2: number of the layer.
-        rank: Counter word 3: number of the process.
+        seed: Key of the stochastic-rounding stream, in [0, 2**64).
+        step: Counter word 1: number of the backward pass, in [0, 2**32).
+        layer_id: Number of the layer, in [0, 2**31): the high bits of counter word 2.
+        rank: Counter word 3: number of the process, in [0, 2**32).
+
+    Returns:
+        ``[..., N]`` in the autocast dtype where autocast is on, else in the dtype of ``x``.
 
     Raises:
         TypeError: ``x`` is complex or an integer tensor.
-        ValueError: Shapes do not fit together, or a dimension is not a multiple of 16.
+        ValueError: Shapes do not fit together, a dimension is not a multiple of 16, or a counter is out of range.
+        RuntimeError: The named backend cannot run here.
 
     Source: arXiv:2509.25149, section 4. Differs from Transformer Engine: the weight gradient is not rounded to bf16.
     """
@@ -211,6 +216,7 @@ def linear(
         raise ValueError(f"`bias` must have shape ({weight.shape[0]},), got {tuple(bias.shape)}.")
     if weight.shape[0] % BLOCK or weight.shape[1] % BLOCK:
         raise ValueError(f"`weight` of shape {tuple(weight.shape)} must have both dimensions a multiple of 16.")
+    check_stream(seed, (step, layer_id << 1, rank))
     if recipe.mode == "bf16":
         return F.linear(x, weight, bias)
     if backend == "auto":
@@ -287,6 +293,10 @@ class LayerState:
         covers optimizers, ``training`` covers callbacks that swap averaged weights in for validation.
         """
         return self.session.epoch, weight._version, weight.data_ptr(), weight.device, training
+
+    def drop_packed_weight(self) -> None:
+        """Give the memory of the cached packed weight back."""
+        self._key, self._packed = None, (None, None)
 
     def packed_weight(self, weight: Tensor, training: bool) -> PackedWeights:
         """The packed weight, quantized once per optimizer step; empty when caching is off."""

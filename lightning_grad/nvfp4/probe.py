@@ -89,10 +89,14 @@ class Recorder:
         layers: Layers to look at.
         tensors: Which of :data:`TENSORS`.
         wgrad_error: Also compare each weight gradient with one from unquantized operands, which holds the inputs.
+        histograms: Keep the block scales, a value for each 16 elements (or 16x16 of a weight).
     """
 
-    def __init__(self, layers: Collection[str], tensors: Collection[str], wgrad_error: bool = False) -> None:
-        self.layers, self.tensors, self.wgrad_error = set(layers), set(tensors), wgrad_error
+    def __init__(
+        self, layers: Collection[str], tensors: Collection[str], wgrad_error: bool = False, histograms: bool = True
+    ) -> None:
+        self.layers, self.tensors = set(layers), set(tensors)
+        self.wgrad_error, self.keeps_histograms = wgrad_error, histograms
         self.values: dict[str, Tensor] = {}
         self.histograms: dict[str, Tensor] = {}
         self._inputs: dict[str, Tensor] = {}
@@ -107,7 +111,8 @@ class Recorder:
         if tensor in self.tensors:
             values, scales = tensor_statistics(tensor, x.detach(), recipe, draw)
             self.values.update({f"nvfp4/{layer}/{tensor}/{key}": value for key, value in values.items()})
-            self.histograms[f"nvfp4/{layer}/{tensor}/block_scale_log2"] = scales
+            if self.keeps_histograms:
+                self.histograms[f"nvfp4/{layer}/{tensor}/block_scale_log2"] = scales
 
     @torch.no_grad()
     def weight_gradient(self, layer: str, grad_y: Tensor, grad_w: Tensor) -> None:

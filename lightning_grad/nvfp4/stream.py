@@ -8,10 +8,12 @@ output gradient, role 1 its column form, whose blocks are numbered over ``[N, M 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from lightning_grad._validate import check_int
 from lightning_grad.nvfp4.format import BLOCK
 from lightning_grad.random import Word, philox4x32
 
@@ -20,9 +22,39 @@ Counters = tuple[Word, Word, Word]
 ROLE_COLUMNS = 1
 
 
+def check_stream(seed: int, counters: Sequence[Word]) -> Counters:
+    """Return words 1 to 3 of the counter; refuse what Philox would silently take modulo its width.
+
+    Args:
+        seed: Key in [0, 2**64).
+        counters: Step, ``layer << 1 | role``, rank: integers in [0, 2**32), or integer tensors, which are not read.
+
+    Raises:
+        ValueError: A number is out of range, or there are not three words.
+    """
+    check_int("seed", seed, 0, 2**64 - 1)
+    if len(counters) != 3:
+        raise ValueError(f"`counters` must be three words (step, layer << 1 | role, rank), got {len(counters)}.")
+    for word in counters:
+        if not isinstance(word, Tensor):
+            check_int("counters", word, 0, 2**32 - 1)
+    c1, c2, c3 = counters
+    return c1, c2, c3
+
+
 def philox(c0: Word, c1: Word, c2: Word, c3: Word, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: the four output words of one counter; see :func:`lightning_grad.random.philox4x32`."""
     return philox4x32((c0, c1, c2, c3), seed)
+
+
+@cache
+def _constant(word: int, device: torch.device) -> Tensor:
+    return torch.tensor(word, dtype=torch.int64, device=device)
+
+
+def device_words(counters: Counters, device: torch.device) -> tuple[Tensor, ...]:
+    """Words 1 to 3 as int64 tensors ``[]``; those of a layer are copied to ``device`` once."""
+    return tuple(word if isinstance(word, Tensor) else _constant(word, device) for word in counters)
 
 
 def _bytes(word: Tensor) -> Tensor:
@@ -90,13 +122,16 @@ def sr_uniform(
 
     Args:
         n_blocks: Number of 16-element blocks, counted from 0.
-        seed: 64-bit key.
+        seed: Key in [0, 2**64).
         counters: Step, ``layer << 1 | role``, rank; each in [0, 2**32).
         device: Where to put them.
 
     Returns:
-        fp32 ``[n_blocks, 16]``.
+        fp32 ``[n_blocks, 16]`` in (0, 1).
+
+    Raises:
+        ValueError: An argument is out of range.
     """
-    c1, c2, c3 = counters
-    k = row_bytes(n_blocks, seed, (c1, c2, c3), torch.device(device))
+    check_int("n_blocks", n_blocks, 0)
+    k = row_bytes(n_blocks, seed, check_stream(seed, counters), torch.device(device))
     return (k.to(torch.float32) + 0.5) / 256.0

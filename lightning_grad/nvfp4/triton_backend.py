@@ -5,8 +5,6 @@ Tested bit for bit against the torch backend in Triton's interpreter; not yet co
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from lightning_grad.nvfp4 import torch_backend
 from lightning_grad.nvfp4 import triton_kernels as kernels
 from lightning_grad.nvfp4.format import BLOCK, NVFP4Tensor, ScaleRounding
 from lightning_grad.nvfp4.recipe import Backend, Draw, NVFP4Recipe, Operand, Packed, Transpose
+from lightning_grad.nvfp4.stream import device_words
 
 _TILE = 64
 _EPILOGUE = 1024
@@ -172,5 +171,5 @@ def _operand_dtype(x: Tensor) -> torch.dtype:
 
 def _counters(draw: Draw | None, device: torch.device) -> Tensor:
     """Words 1 to 3 on the device; the step may be there already and is never read back."""
-    words: tuple[Any, ...] = (0, 0, 0) if draw is None else draw.counters
-    return torch.stack([torch.as_tensor(word, dtype=torch.int64, device=device) for word in words])
+    words = device_words((0, 0, 0) if draw is None else draw.counters, device)
+    return torch.stack([word.to(device, torch.int64) for word in words])

@@ -74,6 +74,10 @@ class _NVFP4Plugin(Precision):
         self._device = torch.device("cpu")
         self._loaded = self._said = self._has_te_modules = False
 
+    def __repr__(self) -> str:
+        """For Lightning's messages about plugins that exclude each other."""
+        return f"{type(self).__name__}(backend={self._requested!r})"
+
     @property
     def mode(self) -> Mode:
         """The current mode."""
@@ -91,6 +95,8 @@ class _NVFP4Plugin(Precision):
             mode = "bf16"
         self.session.mode = mode
         self.invalidate_weight_cache()
+        for layer in self.layers:
+            layer._nvfp4.drop_packed_weight()  # "bf16" never asks for it again
 
     def invalidate_weight_cache(self) -> None:
         """Quantize all weights anew. Needed only after writing weights in a way that autograd does not see."""
@@ -165,7 +171,10 @@ class _NVFP4Plugin(Precision):
         odd = [name for name, reason in selection.report.items() if "not a multiple" in reason]
         if odd:
             first = ", ".join(odd[:3])
-            rank_zero_warn(f"{len(odd)} Linear layers stay in high precision because of their sizes: {first}.")
+            rank_zero_warn(
+                f"{len(odd)} Linear layers stay in high precision because `in_features` or `out_features` is not a"
+                f" multiple of {ALIGNMENT if self.backend == 'transformer_engine' else BLOCK}: {first}."
+            )
         if any(layer.weight.dtype != torch.float32 for layer in self.layers):
             rank_zero_warn("Converted layers have weights that are not FP32, so there are no FP32 master weights.")
         foreign = _te_modules(module)

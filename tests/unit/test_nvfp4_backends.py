@@ -7,14 +7,15 @@ import sys
 import types
 from contextlib import contextmanager
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_grad import NVFP4Precision
+from lightning_grad import NVFP4Monitor, NVFP4Precision
 from lightning_grad.nvfp4 import NVFP4Linear, NVFP4Recipe, backend_info
-from lightning_grad.nvfp4.backends import resolve
+from lightning_grad.nvfp4.backends import check_triton, resolve
 from lightning_grad.nvfp4.linear import Session
 
 GPU = torch.device("cuda", 0)
@@ -123,6 +124,14 @@ def test_consumer_blackwell_needs_a_release_with_the_fix(gpu, te):
     assert resolve("transformer_engine", GPU)[0] == "transformer_engine"
 
 
+def test_triton_needs_a_product_with_an_fp32_result(gpu, monkeypatch):
+    pytest.importorskip("triton")
+    gpu(9, 0)
+    monkeypatch.setattr(torch, "mm", lambda a, b, *, out=None: None)
+    assert "torch.mm(..., out_dtype=...)" in check_triton(GPU)
+    assert resolve("auto", GPU)[0] == "torch"
+
+
 def test_the_plain_wheel_is_not_taken_for_transformer_engine(gpu):
     """It is installed, and its import raises RuntimeError."""
     pytest.importorskip("triton")
@@ -187,6 +196,34 @@ def test_adapter_quantizes_every_call_when_the_cache_is_off(te):
     module = layer(Session(backend="transformer_engine"), bias=False)
     module(torch.randn(5, 64))
     assert FakeLinear.made[0].calls[0][2] is None
+
+
+@pytest.mark.parametrize("change", ["in place", "epoch", "eval", "none"])
+def test_adapter_quantizes_a_weight_anew_when_it_may_have_changed(te, change):
+    te()
+    module, x = layer(Session(backend="transformer_engine", epoch=1)), torch.randn(5, 64)
+    module(x)
+    if change == "in place":
+        with torch.no_grad():
+            module.weight.mul_(2.0)
+    elif change == "epoch":  # optimizers that write behind autograd's back
+        module._nvfp4.session.epoch += 1
+    elif change == "eval":  # averaged weights may have been swapped in
+        module.eval()
+    module(x)
+    assert FakeLinear.made[0].calls[-1][2] is (change != "none")
+
+
+def test_the_monitor_says_that_it_sees_nothing_of_transformer_engine(te, monkeypatch, tmp_path):
+    te()
+    monkeypatch.setattr("lightning_grad.precision.nvfp4.resolve", lambda *a: ("transformer_engine", "native."))
+    plugin = NVFP4Precision(keep_last=0)
+    plugin.convert_module(nn.Sequential(nn.Linear(64, 64)))
+    trainer = pl.Trainer(
+        accelerator="cpu", plugins=[plugin], logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    with pytest.warns(UserWarning, match="NVFP4Monitor sees no tensors of backend 'transformer_engine'"):
+        NVFP4Monitor().on_fit_start(trainer, pl.LightningModule())
 
 
 def test_plugin_on_transformer_engine(te, gpu, monkeypatch):

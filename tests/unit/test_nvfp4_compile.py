@@ -114,6 +114,20 @@ def test_a_compiler_that_is_wrong_is_not_used(monkeypatch, wrong):
         compare(NVFP4Recipe(), backend, 40)
 
 
+def test_a_kind_of_token_count_is_compared_once(monkeypatch):
+    """Batches of ever new lengths would otherwise run in eager mode too, each once."""
+    monkeypatch.setattr(compiled, "_compiled", lambda function: function)
+    backend, eager, recipe = CompiledBackend(), [], NVFP4Recipe()
+    plain = TorchBackend.forward
+    monkeypatch.setattr(TorchBackend, "forward", lambda self, x, *rest: eager.append(len(x)) or plain(self, x, *rest))
+    weight = backend.pack_weight(special(32, 64, 1), recipe, False)
+    for rows in (40, 56, 72, 41, 57, 48, 64, 80, 24):  # 64 is as many as there are columns: other code
+        backend.forward(special(rows, 64, 2), weight, None, recipe, torch.float32, False)
+    assert eager == [40, 41, 48, 64]
+    backend.forward(special(40, 64, 2), weight, torch.zeros(32), recipe, torch.float32, False)
+    assert eager[4:] == [40]
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_a_compiled_model_gives_the_bits_of_eager_mode():

@@ -327,6 +327,14 @@ def test_products_of_operands_are_exact_in_bf16_and_fp32():
         (lambda: rht(torch.zeros(3, 8)), ValueError, r"\(3, 8\)"),
         (lambda: rht(torch.zeros(3, 16), signs=[1, 0] * 8), ValueError, "`hadamard_signs`"),
         (lambda: matmul(quantize(torch.zeros(1, 16)), quantize(torch.zeros(1, 32))), ValueError, "second"),
+        (lambda: matmul(*[quantize(torch.zeros(3, 16))] * 2, bias=torch.zeros(2)), ValueError, r"`bias`.*\(3,\)"),
+        (lambda: quantize(torch.zeros(16, 16), amax=torch.zeros(2)), ValueError, r"`amax`.*\(2,\)"),
+        (lambda: quantize(torch.zeros(16, 16), amax=torch.tensor(1)), ValueError, "`amax`.*int64"),
+        (lambda: quantize(torch.zeros(1, 16), rounding="stochastic", seed=2**64), ValueError, "`seed`"),
+        (lambda: quantize(torch.zeros(1, 16), rounding="stochastic", counters=(1, 2)), ValueError, "`counters`.*got 2"),
+        (lambda: quantize(torch.zeros(1, 16), rounding="stochastic", counters=(0, -1, 0)), ValueError, "`counters`"),
+        (lambda: sr_uniform(1, counters=(2**32, 0, 0)), ValueError, "`counters`"),
+        (lambda: sr_uniform(-1), ValueError, "`n_blocks`"),
     ],
 )  # fmt: skip
 def test_refusals(call, error, text):

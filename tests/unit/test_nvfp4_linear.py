@@ -316,6 +316,15 @@ def test_refusals():
         layer(torch.zeros(2, K, dtype=torch.int64))
     with pytest.raises(ValueError, match="multiple of 16"):
         linear(torch.zeros(2, 24), torch.zeros(16, 24))
+    for shapes in (((2, K), (N, 16)), ((2, K), (K,)), ((), (N, K))):
+        with pytest.raises(ValueError, match=r"must end in the K of `weight` \[N, K\]"):
+            linear(*map(torch.zeros, shapes))
+    with pytest.raises(ValueError, match=rf"`bias` must have shape \({N},\), got \(1,\)"):
+        linear(torch.zeros(2, K), torch.zeros(N, K), torch.zeros(1))
+    with pytest.raises(ValueError, match=f"must end in in_features={K}"):
+        layer(torch.zeros(2, N))
+    with pytest.raises(ValueError, match=r"`counters`.*4294967296"):
+        linear(torch.zeros(2, K), torch.zeros(N, K), layer_id=2**31)
     with pytest.raises(ValueError, match="`mode`"):
         NVFP4Recipe(mode="fp8")
     with pytest.raises(RuntimeError, match=r"cannot run: .*It needs a GPU of compute capability 10\.x"):

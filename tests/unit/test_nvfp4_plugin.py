@@ -21,6 +21,8 @@ from lightning_grad import NVFP4FSDPPrecision, NVFP4Monitor, NVFP4Precision, NVF
 from lightning_grad.demos import TinyGPT
 from lightning_grad.nvfp4 import NVFP4Linear
 from lightning_grad.nvfp4.conversion import select
+from lightning_grad.nvfp4.probe import Recorder, tensor_statistics
+from lightning_grad.nvfp4.recipe import Draw, NVFP4Recipe
 
 TOKENS = torch.randint(0, 256, (40, 17), generator=torch.Generator().manual_seed(3))
 
@@ -228,7 +230,7 @@ def test_what_is_said(caplog):
     assert "blocks.3" in text
     messages = [str(w.message) for w in seen]
     assert any("'missing' matches no Linear layer" in m for m in messages)
-    assert any("because of their sizes: odd" in m for m in messages)
+    assert any("`out_features` is not a multiple of 16: odd." in m for m in messages)
 
 
 def test_nothing_to_convert():
@@ -254,6 +256,9 @@ def test_weights_of_a_tensor_parallel_group_are_refused():
     weight.placements = [Replicate(), Shard(1)]
     with pytest.raises(NotImplementedError, match="0: its weight is sharded over the mesh dimension 'tensor_parallel'"):
         select(model, keep_last=0)
+    model.append(nn.Linear(16, 16))
+    assert list(select(model, keep_last=0, exclude=["0"]).layers) == ["1"], "the advice of the error"
+    assert list(select(model, keep_first=1, keep_last=0).layers) == ["1"]
 
 
 def test_fit_test_fit_with_one_trainer():
@@ -319,6 +324,51 @@ def test_switch_at_a_step_or_a_fraction(at, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), rest.parameters(), strict=True))
 
 
+class TwoOptimizers(TinyGPT):
+    """Takes two optimizer steps a batch."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(block.parameters(), 1e-3) for block in self.blocks[:2]]
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 1, "steps": -1}, {"max_epochs": 1, "steps": 10}])
+def test_a_fraction_of_a_run_with_several_optimizers(limit):
+    """``global_step`` is 20 after the 10 batches of an epoch; ``max_steps`` counts the same way."""
+    spy = Spy()
+    model = TwoOptimizers(num_layers=4, dim=32, num_heads=2, block_size=16)
+    fit(model, plugin=NVFP4Precision(), callbacks=[NVFP4PrecisionSwitch(0.6), spy], **limit)
+    batches = 10 if limit["steps"] < 0 else 5
+    assert spy.modes == ["nvfp4"] * (6 * batches // 10) + ["bf16_forward"] * (4 * batches // 10)
+
+
+def test_the_switch_to_bf16_frees_the_packed_weights():
+    plugin, model = NVFP4Precision(), gpt()
+    plugin.convert_module(model)
+    model(TOKENS[:1, :-1]).sum().backward()
+    packed = [layer._nvfp4._packed for layer in plugin.layers]
+    assert all(forward is not None for forward, _ in packed)
+    plugin.set_mode("bf16")
+    model(TOKENS[:1, :-1])
+    assert all(layer._nvfp4._packed == (None, None) for layer in plugin.layers)
+
+
+def test_lightning_names_the_plugin_that_excludes_a_precision():
+    with pytest.raises(ValueError, match=r"plugins=NVFP4Precision\(backend='triton'\)"):
+        trainer(plugin=NVFP4Precision(backend="triton"), precision="bf16-mixed")
+
+
 def test_switch_to_bf16_is_plain_training():
     plain, switched = gpt(), gpt()
     fit(plain)
@@ -372,10 +422,26 @@ def test_monitor_writes_histograms(tmp_path):
     assert events.Tags()["histograms"] == ["nvfp4/blocks.0.attention.qkv/w/block_scale_log2"]
 
 
-def test_statistics_of_normal_data():
-    from lightning_grad.nvfp4.probe import tensor_statistics
-    from lightning_grad.nvfp4.recipe import Draw, NVFP4Recipe
+def test_without_histograms_no_block_scales_are_kept():
+    x = torch.randn(32, 32)
+    for histograms in (True, False):
+        recorder = Recorder(["layer"], ["x"], histograms=histograms)
+        recorder.record("layer", "x", x, NVFP4Recipe())
+        assert bool(recorder.histograms) == histograms
+        assert "nvfp4/layer/x/mse" in recorder.values
+    plugin = NVFP4Precision()
+    monitor = NVFP4Monitor(every_n_steps=1, histograms=False)
 
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.kept = plugin.session.probe.keeps_histograms
+
+    look = Look()
+    fit(gpt(), 1, plugin, callbacks=[monitor, look])
+    assert not look.kept
+
+
+def test_statistics_of_normal_data():
     x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     values, _ = tensor_statistics("x", x, NVFP4Recipe())
     assert float(values["saturation"]) == pytest.approx(0.035, rel=0.1)
