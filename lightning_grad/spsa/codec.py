@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import struct
 from functools import lru_cache
-from typing import Literal
 
 from lightning_grad._validate import check_choice
 
-CodecName = Literal["e4m3", "sign", "f32"]
+CODECS = {"e4m3": 1, "sign": 1, "f32": 4}
+"""Bytes per code, by name."""
 ABSTAIN = 0x7F
 _MAX = 448.0
 
@@ -50,8 +50,8 @@ class Codec:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = check_choice("codec", name, ("e4m3", "sign", "f32"))
-        self.unit = 4 if name == "f32" else 1
+        self.name = check_choice("codec", name, CODECS)
+        self.unit = CODECS[name]
         self.abstain = struct.pack("<f", math.nan) if name == "f32" else bytes([ABSTAIN])
 
     @property

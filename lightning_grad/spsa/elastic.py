@@ -7,7 +7,6 @@ them and has the same bits as all the others.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -22,7 +21,7 @@ from lightning_grad.spsa.errors import ReplicaMismatchError, StoreLostError
 from lightning_grad.spsa.membership import Contribution, Genesis, Membership, SharedRecord, next_members, vote
 from lightning_grad.spsa.observer import read_genesis, read_record
 from lightning_grad.spsa.replayer import catch_up, make_plan
-from lightning_grad.spsa.rule import StepUpdate, UpdateRule, quantize
+from lightning_grad.spsa.rule import StepUpdate, quantize
 from lightning_grad.spsa.session import Session
 from lightning_grad.spsa.store import Store
 
@@ -301,8 +300,8 @@ class ElasticWorker:
         stop = last or vote(sum(c.stop for c in seen.values()), len(members.missed), self._options.stop_policy)
         record = session.record(codes, self._schedule.rate(step), members.roster, stop)
         if session.digest_due():
-            rule = copy.deepcopy(session.rule)
-            record = replace(record, digest=session.engine.preview_digest(quantize(rule.advance(record).terms)))
+            terms = session.rule.copy().advance(record).terms
+            record = replace(record, digest=session.engine.preview_digest(quantize(terms)))
         gone = {w for w in members.roster if self._said("l", w)}
         return SharedRecord(record, next_members(members, seen, gone, self._ready(), self._options.max_missed))
 
@@ -354,8 +353,10 @@ class ElasticWorker:
         finally:  # the weights follow the journal, also if the store is lost half-way
             if step > first:
                 self.session.pending = []
+                plan = make_plan(journal, after=rule)
                 try:
-                    catch_up(self.session.engine, make_plan(journal, after=rule))
+                    catch_up(self.session.engine, plan)
+                    self.session.rule = plan.rule
                 except ReplicaMismatchError as error:
                     self._heal(error)
                 self.replayed += step - first
@@ -366,10 +367,10 @@ class ElasticWorker:
         if self._base is None:
             raise error
         log.warning("SPSA: worker %d differs after step %d; it replays from the base weights.", self.worker, error.step)
-        rule = UpdateRule(self.session.header)
+        plan = make_plan(self.session.journal)
         self.session.engine.reset(self._base)
-        catch_up(self.session.engine, make_plan(self.session.journal, after=rule))
-        self.session.rule = rule
+        catch_up(self.session.engine, plan)
+        self.session.rule = plan.rule
 
     # -- small things ---------------------------------------------------------------------------------------------
 

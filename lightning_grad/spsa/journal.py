@@ -20,6 +20,7 @@ from typing import IO
 
 from lightning_grad._checksum import chained_crc32, replace_file
 from lightning_grad._validate import check_choice, check_int, check_range
+from lightning_grad.spsa.codec import CODECS
 from lightning_grad.spsa.errors import JournalError
 from lightning_grad.spsa.locked_file import close_locked, open_locked
 
@@ -103,7 +104,7 @@ class Header:
         check_choice("rng", self.rng, (RNG,))
         check_int("seed", self.seed, 0, 2**64 - 1)
         check_int("eps_log2", self.eps_log2, -20, -2)
-        check_choice("codec", self.codec, ("e4m3", "sign", "f32"))
+        check_choice("codec", self.codec, CODECS)
         check_int("directions", self.directions, 1)
         check_choice("reduction", self.reduction, ("mean", "rsqrt", "sum"))
         check_range("rho", self.rho, 0.0, 1.0, "[)")
@@ -129,6 +130,9 @@ class Record:
         roster: Ascending worker ids, if they changed (always in the first record).
         digest: Digest of the parameters after this step, if one was taken.
         stop: The run ends with this step.
+
+    Raises:
+        ValueError: The learning rate is not a finite number >= 0.
     """
 
     codes: bytes
@@ -136,6 +140,10 @@ class Record:
     roster: tuple[int, ...] | None = None
     digest: int | None = None
     stop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lr is not None:
+            check_range("lr", self.lr, 0.0, float("inf"), "[)")
 
     def to_bytes(self) -> bytes:
         """Record without its check."""
@@ -246,15 +254,25 @@ class Journal:
         return self._start
 
     def append(self, record: Record) -> None:
-        """Add the record of the next step; with an open file, the operating system has it when this returns."""
+        """Add the record of the next step; with an open file, the operating system has it when this returns.
+
+        Raises:
+            JournalError: Its codes do not fit its roster.
+            ValueError: It is the first and has no learning rate or no roster.
+        """
         body = record.to_bytes()
-        parsed, end = self._reader.read(body, 0)
-        if end != len(body) or parsed.codes != record.codes:
+        reader = self._new_reader_at()
+        try:
+            _, end = reader.read(body, 0)
+        except Truncated:
+            end = -1
+        if end != len(body):
             raise JournalError(f"record {self._count} has {len(record.codes)} code bytes, which do not fit the roster.")
         (before,) = _CHECK.unpack(self._data[-_CHECK.size :])
         entry = body + _CHECK.pack(chained_crc32(body, before))
         self._data += entry
         self._count += 1
+        self._reader = reader
         if self._file is not None:
             self._file.write(entry)
             self._file.flush()
@@ -388,7 +406,7 @@ class Journal:
             self._file = None
 
     def _new_reader(self) -> RecordReader:
-        return RecordReader(4 if self.header.codec == "f32" else 1, self.header.directions)
+        return RecordReader(CODECS[self.header.codec], self.header.directions)
 
     def _new_reader_at(self) -> RecordReader:
         reader = self._new_reader()

@@ -4,41 +4,41 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_grad.spsa.codec import CODECS
 from lightning_grad.spsa.errors import JournalError, SPSAConfigError
 from lightning_grad.spsa.journal import Header, Record, RecordReader, Truncated
 
-LEAVE, STOP = 1, 2
+_STOP = 2
 _MAX_GENESIS = 1 << 26
 _MAX_ROSTER = 65535
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """Codes of one worker for one step, and its wishes.
+    """Codes of one worker for one step, and its vote.
 
     Attributes:
         codes: ``directions`` units of the codec.
-        leave: The worker takes no part in later steps.
         stop: The worker votes for the end of the run.
     """
 
     codes: bytes
-    leave: bool = False
     stop: bool = False
 
     def to_bytes(self) -> bytes:
         """One byte of flags and the codes."""
-        return bytes([LEAVE * self.leave | STOP * self.stop]) + self.codes
+        return bytes([_STOP * self.stop]) + self.codes
 
     @classmethod
     def from_bytes(cls, data: bytes, size: int) -> Contribution | None:
         """Parse; ``None`` if the length or a flag is wrong."""
-        if len(data) != 1 + size or data[0] & ~(LEAVE | STOP):
+        if len(data) != 1 + size or data[0] & ~_STOP:
             return None
-        return cls(data[1:], bool(data[0] & LEAVE), bool(data[0] & STOP))
+        return cls(data[1:], bool(data[0]))
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Membership:
         Raises:
             ValueError: The bytes are no record of this step.
         """
-        unit = 4 if header.codec == "f32" else 1
+        unit = CODECS[header.codec]
         limit = 64 + 4 * len(self.missed) + len(self.missed) * header.directions * unit
         if len(data) < 4:
             raise ValueError("too short")
@@ -169,22 +169,21 @@ class Membership:
 
 
 def next_members(
-    membership: Membership, seen: dict[int, Contribution], gone: set[int], ready: list[int], max_missed: int
+    membership: Membership, seen: Container[int], gone: Container[int], ready: list[int], max_missed: int
 ) -> dict[int, int]:
     """Members of the next step: those who answered or have not missed too much, and the newcomers.
 
     Args:
         membership: Of the current step.
-        seen: Contributions by member.
+        seen: Members who contributed.
         gone: Members who said that they are leaving.
         ready: Newcomers that have caught up.
         max_missed: Steps in a row after which a silent member is dropped.
     """
     members: dict[int, int] = {}
     for worker, missed in membership.missed.items():
-        mine = seen.get(worker)
-        count = 0 if mine is not None else missed + 1
-        if worker not in gone and not (mine is not None and mine.leave) and count < max_missed:
+        count = 0 if worker in seen else missed + 1
+        if worker not in gone and count < max_missed:
             members[worker] = count
     for worker in ready:
         if worker not in membership.admitted and len(members) < _MAX_ROSTER:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lightning_grad._validate import check_choice, check_int, check_range
+from lightning_grad.spsa.codec import CODECS
 from lightning_grad.spsa.engine import KERNELS, SPSAEngine
 from lightning_grad.spsa.grid import eps_exponent
 from lightning_grad.spsa.journal import Header
@@ -46,7 +47,7 @@ class Options:
         check_int("directions", self.directions, 1, 4096)
         check_int("sides", self.sides, 1, 2)
         check_int("seed", self.seed, 0, 2**64 - 1)
-        check_choice("codec", self.codec, ("e4m3", "sign", "f32"))
+        check_choice("codec", self.codec, CODECS)
         check_choice("reduction", self.reduction, ("mean", "rsqrt", "sum"))
         check_range("rho", self.rho, 0.0, 1.0, "[)")
         if self.clip is not None:

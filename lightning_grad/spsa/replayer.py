@@ -47,9 +47,12 @@ def make_plan(journal: Journal, upto: int | None = None, after: UpdateRule | Non
     Args:
         journal: The run.
         upto: Number of records to use; ``None`` for all.
-        after: State to start from; its ``step`` records are skipped.
+        after: State to start from; its ``step`` records are skipped. It stays as it is.
+
+    Raises:
+        OverflowError: An update is not finite or too large.
     """
-    plan = Plan(after or UpdateRule(journal.header))
+    plan = Plan(after.copy() if after is not None else UpdateRule(journal.header))
     plan.first = plan.rule.step
     end = len(journal) if upto is None else min(upto, len(journal))
     for number, record in enumerate(journal):

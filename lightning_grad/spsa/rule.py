@@ -6,13 +6,16 @@ sum over directions is exact in float32 in any order and every replica rounds ea
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from lightning_grad.spsa.codec import Codec
+from lightning_grad.spsa.errors import JournalError
 from lightning_grad.spsa.journal import Header, Record
 
 Term = tuple[int, int, float]  # (step, direction, coefficient)
@@ -130,6 +133,12 @@ class UpdateRule:
         self._history: deque[list[Term]] = deque(maxlen=header.momentum_horizon + 1 if header.momentum else 1)
         self._warned = False
 
+    def copy(self) -> UpdateRule:
+        """An independent one in the same state."""
+        other = copy.copy(self)
+        other._history = self._history.copy()  # all else is replaced in a step, never changed
+        return other
+
     def clip(self, g: float) -> float:
         """Bound a value by ``clip`` running root mean squares; senders and receivers both do."""
         if self.header.clip is None or not self.tracker.m2 or math.isnan(g):
@@ -142,17 +151,23 @@ class UpdateRule:
         return self.codec.encode(self.clip(g), self.tracker.scale_log2)
 
     def advance(self, record: Record) -> StepUpdate:
-        """Take in the record of the current step.
+        """Take in the record of the current step; if that raises, nothing has changed.
 
         Raises:
+            JournalError: It has more or fewer codes than its roster.
             OverflowError: The update is not finite or too large.
         """
-        self.lr = record.lr if record.lr is not None else self.lr
-        self.roster = record.roster if record.roster is not None else self.roster
+        lr = record.lr if record.lr is not None else self.lr
+        roster = record.roster if record.roster is not None else self.roster
         slots, unit = self.header.directions, self.codec.unit
+        if len(record.codes) != len(roster) * slots * unit:
+            raise JournalError(
+                f"record {self.step} has {len(record.codes)} bytes of codes; {len(roster)} workers with {slots}"
+                f" directions send {len(roster) * slots * unit}."
+            )
         found: list[tuple[int, float]] = []
         abstained = saturated = 0
-        for position, worker in enumerate(self.roster):
+        for position, worker in enumerate(roster):
             for j in range(slots):
                 begin = (position * slots + j) * unit
                 code = record.codes[begin : begin + unit]
@@ -163,34 +178,39 @@ class UpdateRule:
                 saturated += self.codec.saturated(code)
                 found.append((worker * slots + j, self.clip(value)))
         values = [value for _, value in found]
-        self.tracker.observe(values)
-        terms = self._terms(found)
-        update = StepUpdate(self.step, terms, values, self.lr, abstained, saturated)
-        self._check(update)
+        tracker = copy.copy(self.tracker)
+        tracker.observe(values)
+        shares = self._shares(found, tracker)
+        terms = self._terms(shares, lr) if shares else []
+        update = StepUpdate(self.step, terms, values, lr, abstained, saturated)
+        self._check(update, tracker)
+        self.lr, self.roster, self.tracker = lr, roster, tracker
+        self._history.appendleft(shares)
         self.bad_steps = 0 if found else self.bad_steps + 1
         self.step += 1
         return update
 
-    def _terms(self, found: list[tuple[int, float]]) -> list[Term]:
+    def _shares(self, found: Sequence[tuple[int, float]], tracker: ScaleTracker) -> list[Term]:
+        """Terms of this step for a learning rate of 1."""
         count = len(found)
         reduction = {"mean": float(count), "rsqrt": math.sqrt(count), "sum": 1.0}[self.header.reduction]
-        scale = reduction * (self.tracker.rms if self.header.normalize else 1.0)
-        idle = count == 0 or scale == 0.0
-        self._history.appendleft([] if idle else [(self.step, d, value / scale) for d, value in found])
-        if idle:
-            return []
+        scale = reduction * (tracker.rms if self.header.normalize else 1.0)
+        return [(self.step, d, value / scale) for d, value in found] if scale else []
+
+    def _terms(self, shares: list[Term], lr: float) -> list[Term]:
+        """This step's shares and those of the momentum horizon, newest first."""
         terms: list[Term] = []
         power = 1.0
-        for shares in self._history:
-            terms += [(t, d, self.lr * (power * x)) for t, d, x in shares]
+        for some in islice((shares, *self._history), self._history.maxlen):
+            terms += [(t, d, lr * (power * x)) for t, d, x in some]
             power *= self.header.momentum
         return terms
 
-    def _check(self, update: StepUpdate) -> None:
+    def _check(self, update: StepUpdate, tracker: ScaleTracker) -> None:
         largest = max((abs(c) for _, _, c in update.terms), default=0.0)
         if not all(math.isfinite(c) for _, _, c in update.terms) or largest >= 2.0**40:
             raise OverflowError(
-                f"SPSA update overflow at step {self.step}: lr {self.lr:g}, scale 2**{self.tracker.scale_log2}, largest"
+                f"SPSA update overflow at step {self.step}: lr {update.lr:g}, scale 2**{tracker.scale_log2}, largest"
                 f" coefficient {largest:g}. Lower the learning rate."
             )
         if len(update.terms) > _WARN_DIRECTIONS and not self._warned:

@@ -173,7 +173,10 @@ class Session:
             compare: If given, a digest is taken after the update, passed to it, and kept in the journal.
 
         Raises:
+            JournalError: The record does not fit its roster; nothing has changed.
+            OverflowError: The update is not finite or too large; only the perturbation is outstanding.
             ReplicaMismatchError: The record carries a digest and these parameters have another one.
+            SPSAConfigError: A parameter has grown too large for ``eps``.
             RuntimeError: Too many steps in a row in which everyone abstained.
         """
         step = self.rule.step
@@ -181,7 +184,6 @@ class Session:
         self.engine.apply(update.terms)
         if record.digest is not None or compare is not None:
             found = self.engine.digest64()
-            self.engine.check_limit()
             if record.digest is not None and found != record.digest:
                 raise ReplicaMismatchError(
                     f"after step {step} this replica has digest {found:016x}, the record says {record.digest:016x}."
@@ -193,7 +195,9 @@ class Session:
             if compare is not None:
                 compare(found)
                 record = replace(record, digest=found)
-        self.journal.append(record)
+        self.journal.append(record)  # weights and journal agree from here on, whatever is found
+        if record.digest is not None:
+            self.engine.check_limit()
         if self.rule.bad_steps >= self.options.max_bad_steps:
             raise RuntimeError(
                 f"SPSA: no finite loss from any worker for {self.rule.bad_steps} steps (up to step {step}). Lower the"

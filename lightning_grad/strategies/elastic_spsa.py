@@ -235,11 +235,11 @@ class ElasticSPSAStrategy(SPSABase, SingleDeviceStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Catch up, then evaluate the micro-batch on both sides of each direction."""
-        if self.worker.stopped or (not self.session.pending and not self.worker.prepare()):
-            self._end()
-            return None
         forward = super().training_step
         with config_errors():
+            if self.worker.stopped or (not self.session.pending and not self.worker.prepare()):
+                self._end()
+                return None
             return self.session.measure(self.worker.worker, lambda: forward(*args, **kwargs))
 
     def optimizer_step(
@@ -256,7 +256,8 @@ class ElasticSPSAStrategy(SPSABase, SingleDeviceStrategy):
             return result
         size = self.session.header.directions * self.session.rule.codec.unit
         members = len(worker.roster)
-        update = worker.finish(stop=self._stop_vote)
+        with config_errors():
+            update = worker.finish(stop=self._stop_vote)
         if update is not None:
             self._log.write(
                 self._net(), self.session, update, bytes_sent=size, bytes_received=size * members,

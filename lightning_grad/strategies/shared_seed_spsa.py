@@ -62,7 +62,7 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
         check_interval: Steps between comparisons of the replicas; 0 switches them off.
         max_bad_steps: Steps in a row without any finite loss before the run stops.
         journal_path: File that rank 0 appends every step to.
-        resume_journal: Replay an existing journal at the start and continue it.
+        resume_journal: Replay the file at ``journal_path``, if it is there, and continue it.
         weights_in_checkpoint: ``False`` keeps only the journal in checkpoints: kilobytes; they load by replay.
         kernel: ``"auto"``, ``"numpy"``, ``"torch"`` or ``"triton"``.
         accelerator: As for ``DDPStrategy``.
@@ -75,7 +75,7 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
         start_method: As for ``DDPStrategy``.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or ``resume_journal`` has no ``journal_path``.
 
     State in checkpoints: key ``"spsa"`` of the optimizer state, with the journal.
 
@@ -120,6 +120,8 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
     ) -> None:
         if lr is not None:
             check_range("lr", lr, 0.0, 1e10, "(]")
+        if resume_journal and journal_path is None:
+            raise ValueError("`resume_journal` needs `journal_path`, the file to continue.")
         options = Options(
             eps, directions, sides, seed, codec, reduction, normalize, rho, clip, momentum, momentum_horizon, trainable,
             forward_mode, restore, check_interval, max_bad_steps, kernel,
@@ -241,7 +243,8 @@ class SharedSeedSPSAStrategy(SPSABase, DDPStrategy):
         record = session.record(codes, common.current_lr(optimizer), tuple(range(link.size)))
         sent, received, waited_s = link.sent, link.received, link.waited_s
         compare = partial(self._compare_digests, common.current_lr(optimizer)) if session.digest_due() else None
-        update = session.commit(record, compare)
+        with config_errors():
+            update = session.commit(record, compare)
         self._log.write(module, session, update, bytes_sent=sent, bytes_received=received, wait_s=waited_s)
         return result
 

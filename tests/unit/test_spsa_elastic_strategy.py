@@ -202,6 +202,12 @@ def test_refusals(port, tmp_path):
             strategy(port, **bad)
 
 
+def test_a_parameter_that_grows_too_large_is_an_error_lightning_knows(port):
+    runner = trainer(strategy(port, lr=1e6, check_interval=1), max_epochs=-1, accumulate_grad_batches=2)
+    with pytest.raises(SPSAConfigError, match="too large for eps"):
+        runner.fit(Toy(steps=20, micro=2))
+
+
 def test_a_checkpoint_that_exists_is_no_vote_to_stop(tmp_path):
     """Lightning asks whether a file exists as EarlyStopping asks whether to stop."""
     mine = strategy(1)

@@ -1,8 +1,10 @@
 """Journal and replay: round trips, 300 flipped bits, every truncation, replay from any prefix (oracle 12)."""
 
 import itertools
+import math
 import os
 import random
+import struct
 import sys
 import warnings
 from dataclasses import replace
@@ -10,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lightning_grad._checksum import chained_crc32
 from lightning_grad.spsa import Header, Journal, JournalError, Record, ReplicaMismatchError, digest64, replay
 from tests.spsa_helpers import batches, loss_of, make_session, run_alone, tiny_model
 
@@ -294,13 +297,39 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     assert (tmp_path / "run.spsa").read_bytes() == session.journal.to_bytes()
 
 
-def test_an_unfit_record_is_refused():
+@pytest.mark.parametrize("codes", [b"", b"\x00\x00", b"\x00" * 4])
+def test_an_unfit_record_is_refused(codes):
     session, _ = live_run(steps=1)
-    with pytest.raises(JournalError, match="do not fit the roster"):
-        session.journal.append(Record(b"\x00\x00"))
-    fresh = Journal(session.header)
+    before = session.journal.to_bytes()
+    for roster in (None, (0, 2, 3)):
+        with pytest.raises(JournalError, match="do not fit the roster"):
+            session.journal.append(Record(codes, roster=roster))
+    assert session.journal.to_bytes() == before
+    session.journal.append(Record(b"\x00"))  # the roster is still that of one worker
+
+
+def test_the_first_record_has_a_rate_and_a_roster():
+    journal = Journal(make_session().header)
     with pytest.raises(ValueError, match="no learning rate or no roster"):
-        fresh.append(Record(b"\x00"))
+        journal.append(Record(b"\x00"))
+
+
+@pytest.mark.parametrize("lr", [math.nan, math.inf, -0.5])
+def test_a_learning_rate_that_is_none_is_refused_also_in_a_file_with_right_checks(lr):
+    with pytest.raises(ValueError, match="`lr` must be"):
+        Record(b"\x38", lr)
+    session, _ = live_run(steps=10)
+    starts = offsets(session.journal)
+    data = bytearray(session.journal.to_bytes()[: starts[9]])
+    assert data[starts[8]] & 1  # the rate changes at step 8
+    data[starts[8] + 1 : starts[8] + 9] = struct.pack("<d", lr)
+    (before,) = struct.unpack("<I", data[starts[8] - 4 : starts[8]])
+    data[-4:] = struct.pack("<I", chained_crc32(bytes(data[starts[8] : -4]), before))
+    with pytest.raises(
+        JournalError, match=rf"record 8 at byte offset {starts[8]} is malformed \(`lr` must be"
+    ) as caught:
+        Journal.from_bytes(bytes(data))
+    assert len(caught.value.intact) == 8
 
 
 def test_twenty_thousand_steps_take_120_kilobytes_and_replay_in_seconds():

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from lightning_grad.spsa import Header, Record, ScaleTracker, UpdateRule, quantize
+from lightning_grad.spsa import Header, JournalError, Record, ScaleTracker, UpdateRule, quantize
 from lightning_grad.spsa.engine import changes
 from lightning_grad.spsa.rule import Quantized
 
@@ -165,6 +165,35 @@ def test_many_directions_are_warned_of_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rule.advance(Record(b"\x38" * 4097))
+
+
+@pytest.mark.parametrize(
+    ("record", "error", "text"),
+    [
+        (Record(b"\x44\x38", 1e30), OverflowError, "update overflow at step 5"),
+        (Record(b"\x38", 0.1), JournalError, "record 5 has 1 bytes of codes; 2 workers with 1 directions send 2"),
+        (Record(b"\x38" * 2, 0.1, (0, 3, 7)), JournalError, "2 bytes of codes; 3 workers with 1 directions send 3"),
+    ],
+)
+def test_a_record_that_cannot_be_taken_in_changes_nothing(record, error, text):
+    rule, twin = (UpdateRule(header(momentum=0.5, momentum_horizon=2, normalize=True)) for _ in range(2))
+    for t in range(5):  # the horizon is full: one more step pushes the oldest terms out
+        advance(rule, [1.0 + t, 2.0])
+        advance(twin, [1.0 + t, 2.0])
+    with pytest.raises(error, match=text):
+        rule.advance(record)
+    assert (rule.step, rule.lr, rule.roster) == (5, 0.5, (0, 1))
+    assert advance(rule, [3.0, -1.0]) == advance(twin, [3.0, -1.0])
+    assert vars(rule.tracker) == vars(twin.tracker)
+
+
+def test_a_copy_goes_its_own_way():
+    rule = UpdateRule(header(momentum=0.5, momentum_horizon=2))
+    advance(rule, [1.0])
+    other = rule.copy()
+    advance(rule, [2.0])
+    assert (other.step, other.tracker.m2) == (1, 1.0)
+    assert [t for t, _, _ in advance(other, [3.0]).terms] == [1, 0]
 
 
 def test_momentum_equals_torch_sgd_up_to_the_cut_off_tail():

@@ -1,5 +1,6 @@
 """One worker without Lightning: estimates, dropout, batch norm, exceptions (oracles 7, 15, 16, 17)."""
 
+import copy
 import math
 import os
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_grad.spsa import SPSAConfigError, SPSAEngine, rademacher
+from lightning_grad.spsa import JournalError, SPSAConfigError, SPSAEngine, rademacher, replay
 from tests.spsa_helpers import batches, flat, loss_of, make_session, run_alone, tiny_model
 
 
@@ -307,6 +308,37 @@ def test_a_parameter_that_grows_too_large_is_found_at_the_next_check():
     record = session.record(b"\x38", 5000.0, (0,))
     with pytest.raises(SPSAConfigError, match=r"parameter 0.weight holds 5000, .* use eps >= 0.00195 or freeze it"):
         session.commit(record, lambda digest: None)
+
+
+@pytest.mark.parametrize(
+    ("codes", "lr", "error"),
+    [(b"\x38", 1e30, OverflowError), (b"\x38\x38", 0.1, JournalError), (b"", 0.1, JournalError)],
+)
+def test_a_record_that_cannot_be_applied_leaves_a_run_that_resumes(codes, lr, error):
+    """What a callback saves on an exception must be good for something."""
+    session = make_session(normalize=True, momentum=0.5)
+    run_alone(session, batches(3))
+    before = flat(session.module).clone()
+    session.measure(0, lambda: loss_of(session.module, batches(1)[0]))
+    with pytest.raises(error):
+        session.commit(session.record(codes, lr, (0,)))
+    state = session.state_dict()
+    assert torch.equal(flat(session.module), before)
+    again = make_session(copy.deepcopy(session.module), normalize=True, momentum=0.5)
+    again.resume(state, session.engine.extra_state())
+    record = session.record(b"\x38", 0.01, (0,))
+    digests = []
+    for one in (session, again):
+        one.commit(record, digests.append)
+    assert digests[0] == digests[1]
+
+
+def test_a_parameter_that_has_grown_too_large_leaves_weights_and_journal_at_one_step():
+    session = make_session(slots=1)
+    with pytest.raises(SPSAConfigError, match="too large for eps"):
+        session.commit(session.record(b"\x38", 5000.0, (0,)), lambda digest: None)
+    assert len(session.journal) == session.step == 1
+    assert replay(tiny_model().named_parameters(), session.journal).digest64() == session.engine.digest64()
 
 
 def test_step_objective_trains_nothing_but_counts():

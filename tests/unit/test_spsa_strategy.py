@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import Precision, TorchCheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 
@@ -265,6 +265,20 @@ def test_a_damaged_weight_in_a_checkpoint_is_found(tmp_path):
         fit(tmp_path / "k", model=Toy(), ckpt_path=tmp_path / "bad.ckpt")
 
 
+def test_the_checkpoint_of_a_run_that_ended_in_an_overflow_can_be_resumed(tmp_path):
+    class Soars(Toy):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (1e30 if batch_idx == 12 else 1.0)
+
+    saved = {"callbacks": [OnExceptionCheckpoint(tmp_path, "end")], "enable_checkpointing": True}
+    with pytest.raises(OverflowError, match=r"update overflow at step 3: .* Lower the learning rate"):
+        fit(tmp_path / "j", model=Soars(), codec="f32", trainer_settings=saved)
+    model, twice = Toy(), {"max_epochs": 2}
+    journal = fit(tmp_path / "k", model=model, codec="f32", ckpt_path=tmp_path / "end.ckpt", trainer_settings=twice)
+    assert len(journal) > 8
+    assert replay(Toy().named_parameters(), journal).digest64() == digest64(model.parameters())
+
+
 def test_weights_of_another_kind_of_run_are_a_new_base(tmp_path):
     model = Toy()
     runner = trainer("auto", max_steps=2)
@@ -391,6 +405,10 @@ def test_refusals(tmp_path):
     refused("parameter net.0.weight holds 1.2e", tmp_path, large)
 
 
+def test_a_parameter_that_grows_too_large_is_an_error_lightning_knows(tmp_path):
+    refused(r"parameter net\.\S+ holds .* too large for eps", tmp_path, lr=1e6)
+
+
 def test_what_is_said_without_refusing(tmp_path, caplog):
     class Clips(Toy):
         def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
@@ -458,6 +476,11 @@ def test_arguments_out_of_range_name_themselves(name, values):
     for value in values:
         with pytest.raises(ValueError, match=f"`{name}` must"):
             SharedSeedSPSAStrategy(**{name: value})
+
+
+def test_a_journal_to_continue_must_be_named():
+    with pytest.raises(ValueError, match="`resume_journal` needs `journal_path`"):
+        SharedSeedSPSAStrategy(resume_journal=True)
 
 
 def test_yaml_with_the_class_path_trains(tmp_path, monkeypatch):
