@@ -141,11 +141,15 @@ def wrap_train_dataloader(trainer: pl.Trainer, convert: Callable[[Any], Any]) ->
     return undo_hook
 
 
-def set_epoch_length(trainer: pl.Trainer, batches: int) -> None:
-    """Tell a running fit that its epoch has ``batches`` batches in all: loop, fetcher and progress bar."""
+def set_epoch_length(trainer: pl.Trainer, batches: int) -> int:
+    """Tell a running fit that its loader has ``batches`` batches an epoch: loop, fetcher and progress bar.
+
+    Returns:
+        The batches that the Trainer will take of them.
+    """
     loop = trainer.fit_loop
     limit = trainer.limit_train_batches
-    if isinstance(limit, int) and not isinstance(limit, bool):
+    if isinstance(limit, int):
         batches = min(batches, limit)
     loop.max_batches = batches
     fetcher = loop._data_fetcher
@@ -156,11 +160,12 @@ def set_epoch_length(trainer: pl.Trainer, batches: int) -> None:
         loop._combined_loader.limits = [limit if isinstance(limit, int) else float("inf")]
     bar = trainer.progress_bar_callback
     if not trainer.training:
-        return
+        return batches
     if isinstance(bar, TQDMProgressBar) and bar._train_progress_bar is not None:
         bar._train_progress_bar.total = batches
     elif isinstance(bar, RichProgressBar) and bar.progress is not None and bar.train_progress_bar_id is not None:
         bar.progress.update(bar.train_progress_bar_id, total=batches)
+    return batches
 
 
 check_version()

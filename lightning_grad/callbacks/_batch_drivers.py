@@ -256,10 +256,9 @@ class SamplerDriver(WatchDriver):
     def sync_length(self, trainer: pl.Trainer) -> None:
         """Keep Lightning's idea of the epoch equal to the loader's."""
         assert self.loader is not None
-        n = len(self.loader)
-        set_epoch_length(trainer, n)
+        batches = set_epoch_length(trainer, len(self.loader))
         if trainer.training:
-            set_validation(trainer, n, self.loader.current, self._data_length())
+            set_validation(trainer, batches, self.loader.current, self._data_length())
 
     def start_batch(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> bool:
         assert self.loader is not None
@@ -314,15 +313,23 @@ def set_validation(trainer: pl.Trainer, batches: int, where: MicroBatch, populat
     """Set the batch number at which Lightning validates, for an epoch of ``batches`` batches.
 
     Lightning validates when the number of batches done is a multiple of ``val_check_batch``. An interval that is a
-    fraction is met by samples, because the batches of an epoch need not be equal.
+    fraction is met by samples, because the batches of an epoch need not be equal; under ``limit_train_batches`` by
+    batches where these come first.
     """
     interval = trainer.val_check_interval
     if isinstance(interval, float) and interval < 1.0:
-        done = where.index + 1
-        before = where.step_start + where.step_size * where.part // max(1, where.accumulate)
-        after = where.step_start + where.step_size * (where.part + 1) // max(1, where.accumulate)
-        steps = [int(samples / population / interval + 1e-9) for samples in (before, after)]
-        trainer.val_check_batch = max(1, done) if steps[1] > steps[0] else done + 1
+        done, limit = where.index + 1, trainer.limit_train_batches
+
+        def points(parts: int, batches: int) -> int:
+            """Points of the epoch at which validation is due, so many micro-batches into the step and the epoch."""
+            progress = (where.step_start + where.step_size * parts // max(1, where.accumulate)) / population
+            if isinstance(limit, int):
+                progress = max(progress, batches / limit)
+            return int(progress / interval + 1e-9)
+
+        # the last batch ends the epoch, though samples may be dropped
+        after = int(1.0 / interval + 1e-9) if done == batches else points(where.part + 1, done)
+        trainer.val_check_batch = max(1, done) if after > points(where.part, done - 1) else done + 1
     elif isinstance(interval, float):
         trainer.val_check_batch = batches
     elif isinstance(interval, int) and trainer.check_val_every_n_epoch is not None:

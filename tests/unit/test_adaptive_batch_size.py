@@ -138,6 +138,43 @@ def test_validation_runs_as_often_as_it_should(interval, expected):
         assert model.validations == expected
 
 
+class Validates(Mean):
+    """Notes after how many batches validation ran."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.at = []
+
+    def validation_step(self, batch, batch_idx):
+        self.at.append(self.trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+
+
+def test_validation_under_a_limit_of_batches():
+    for kwargs, expected in [
+        ({"limit_train_batches": 6}, [6, 12]),
+        ({"limit_train_batches": 6, "val_check_interval": 0.5}, [3, 6, 9, 12]),
+        ({"limit_train_batches": 6, "val_check_interval": 0.4}, [3, 5, 9, 11]),
+        ({"limit_train_batches": 6, "val_check_interval": 4}, [4, 10]),
+        ({"limit_train_batches": 100, "val_check_interval": 0.5}, [8, 16, 24, 32]),
+        ({"fast_dev_run": True}, [1]),
+        ({"fast_dev_run": 3}, [3]),
+    ]:
+        model = Validates(n=64, batch=4)
+        fit(model, scripted(4), **kwargs)
+        assert model.at == expected, kwargs
+    # a batch that grows comes to half the data before half the batches, and to all of it before the limit
+    model = Validates(n=64, batch=4)
+    fit(model, scripted(8, 16), limit_train_batches=10, val_check_interval=0.5, max_epochs=1)
+    assert model.at == [4, 6]  # batches of 4, 8, 16, 16, 16, 4
+
+
+def test_dropped_samples_do_not_lose_the_validation_at_the_end_of_an_epoch():
+    for interval, expected in [(1.0, [17, 34]), (0.5, [9, 17, 26, 34])]:
+        model = Validates(n=70, batch=4, drop_last=True)
+        fit(model, scripted(4), val_check_interval=interval)
+        assert model.at == expected
+
+
 def test_epoch_schedulers_progress_bar_and_estimated_steps():
     totals = []
 
