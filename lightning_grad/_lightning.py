@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import lightning
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar, TQDMProgressBar, WeightAveraging
 
 OLDEST = (2, 6, 4)
 BELOW = (3,)
@@ -45,6 +45,11 @@ PRIVATE = (
         "lightning.pytorch.callbacks.TQDMProgressBar",
         "_train_progress_bar",
         "the total of the bar; the public property raises before there is one",
+    ),
+    Private(
+        "lightning.pytorch.callbacks.WeightAveraging",
+        "_average_model",
+        "whether the average holds an iterate yet; the public state has the step of the last one, of any fit",
     ),
 )
 
@@ -90,6 +95,12 @@ def asked_by_a_checkpoint() -> bool:
     """
     asking = inspect.stack(context=0)[2].frame
     return isinstance(asking.f_locals.get("self"), Checkpoint)
+
+
+def averaged_iterates(callback: WeightAveraging) -> int:
+    """Number of iterates in the average; 0 if there is none yet."""
+    average = callback._average_model
+    return 0 if average is None else int(average.n_averaged)
 
 
 def logging_step(trainer: pl.Trainer) -> int:

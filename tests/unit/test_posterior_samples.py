@@ -118,6 +118,98 @@ def test_iterate_averaging_starts_late_and_keeps_norms():
     assert torch.allclose(model.layer.weight, mean / mean.norm() * recorder.weights[-1].norm(), atol=1e-6)
 
 
+class Validated(Model):
+    """Notes the weights that each validation is given."""
+
+    fail = False
+
+    def __init__(self):
+        super().__init__()
+        self.validated = []
+
+    def validation_step(self, batch, batch_idx):
+        if batch_idx == 0:
+            self.validated.append(self.layer.weight.detach().clone())
+        if self.fail:
+            raise OSError("disk full")
+
+
+class Iterates(pl.Callback):
+    def __init__(self):
+        self.weights = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.weights.append(pl_module.layer.weight.detach().clone())
+
+
+def averaging_fit(model, averaging, ckpt=None, steps=8, iterates=None):
+    iterates = iterates or Iterates()
+    trainer = pl.Trainer(
+        max_steps=steps, accelerator="cpu", callbacks=[BindDataSize(), averaging, iterates], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        limit_val_batches=2, val_check_interval=4,
+    )  # fmt: skip
+    trainer.fit(model, ckpt_path=ckpt, weights_only=True if ckpt else None)
+    return iterates.weights, trainer
+
+
+def test_before_the_average_starts_the_model_is_its_own(tmp_path, caplog):
+    model = Validated()
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="average_start=100 was not reached in 8 steps"):
+        weights, trainer = averaging_fit(model, IterateAveraging(average_start=100))
+    assert caplog.text.count("the average starts at step 100") == 1
+    assert torch.equal(model.layer.weight, weights[-1])
+    assert [torch.equal(w, weights[at]) for w, at in zip(model.validated, (3, 7), strict=True)] == [True, True]
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert torch.equal(saved["state_dict"]["layer.weight"], weights[-1])
+    # and from there a run goes on to the average of the steps that count
+    resumed = Validated()
+    after, _ = averaging_fit(
+        resumed, IterateAveraging(average_start=10, renormalize=False), tmp_path / "a.ckpt", steps=12
+    )
+    assert len(after) == 4
+    assert torch.allclose(resumed.layer.weight, torch.stack(after[-2:]).mean(0), atol=1e-6)
+
+
+def test_a_second_fit_begins_a_new_average():
+    averaging, model = IterateAveraging(renormalize=False), Validated()
+    averaging_fit(model, averaging)
+    weights, trainer = averaging_fit(model, averaging)
+    assert torch.allclose(model.layer.weight, torch.stack(weights).mean(0), atol=1e-6)
+    # the same Trainer: micro-batches before the first new step are no iterates
+    trainer.fit_loop.epoch_loop.max_steps = 10
+    trainer.accumulate_grad_batches = 2
+    first = len(trainer.callbacks[2].weights)
+    trainer.fit(model)
+    steps = trainer.callbacks[2].weights[first:][1::2]
+    assert len(steps) == 2
+    assert torch.allclose(model.layer.weight, torch.stack(steps).mean(0), atol=1e-6)
+
+
+def test_validation_outside_fit_sees_the_model_that_it_is_given(tmp_path):
+    model = Validated()
+    _, trainer = averaging_fit(model, IterateAveraging())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    final = model.layer.weight.detach().clone()
+    trainer.validate(model, verbose=False)
+    assert torch.equal(model.validated[-1], final)
+    trainer.validate(model, ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]["layer.weight"]
+    assert torch.equal(model.validated[-1], saved)
+
+
+def test_a_failed_validation_gives_the_models_own_parameters_back():
+    model, averaging = Validated(), IterateAveraging()
+    model.fail = True
+    iterates = Iterates()
+    with pytest.raises(OSError, match="disk full"):
+        averaging_fit(model, averaging, iterates=iterates)
+    assert len(iterates.weights) == 4
+    assert not torch.equal(model.validated[-1], iterates.weights[-1])
+    assert torch.equal(model.layer.weight, iterates.weights[-1])
+
+
 def test_rhat_and_effective_size():
     torch.manual_seed(0)
     independent = torch.randn(4, 1000)
