@@ -139,7 +139,7 @@ def checkpoint_fault(path: str) -> str | None:
 
     ``None``: nothing speaks against it. A remote path is not looked at, nor is a word that Lightning resolves itself.
     """
-    if "://" in path or path in ("best", "last", "hpc", "registry"):
+    if "://" in path or path in ("best", "last", "hpc") or path.partition(":")[0].lower() == "registry":
         return None
     file = Path(path)
     if not file.exists():

@@ -99,7 +99,7 @@ class SaveConfig(_SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False)
         stem, suffix = os.path.splitext(self.config_filename)
         name, number = self.config_filename, 0
-        while (directory / name).exists() and (directory / name).read_text() != text:
+        while (directory / name).exists() and (directory / name).read_text(encoding="utf-8") != text:
             number += 1
             name = f"{stem}-{number}{suffix}"
         return name

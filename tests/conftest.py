@@ -10,6 +10,11 @@ import torch
 import torch.distributed as dist
 
 
+def pytest_configure(config):
+    if config.pluginmanager.hasplugin("randomly"):
+        config.option.randomly_reset_seed = False  # it would undo the seeds of the fixture below
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.set_num_threads(1)

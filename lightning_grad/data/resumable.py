@@ -280,7 +280,7 @@ class ResumableDataLoader(DataLoader[_T]):
         seed: Seed of the order, in [0, 2**62].
         num_replicas: As for :class:`ResumableSampler`.
         rank: As for :class:`ResumableSampler`.
-        **kwargs: Everything else that ``torch.utils.data.DataLoader`` takes.
+        **kwargs: Everything else that ``torch.utils.data.DataLoader`` takes, but ``in_order=False``.
 
     Raises:
         TypeError: The data set is iterable-style, or a sampler is of a kind that cannot be resumed.
@@ -308,6 +308,8 @@ class ResumableDataLoader(DataLoader[_T]):
         rank: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if not kwargs.get("in_order", True):
+            raise ValueError("`in_order` must be True, got False: a position says which batch comes next.")
         if batch_sampler is None:
             if sampler is None:
                 sampler = ResumableSampler(dataset, shuffle, seed, drop_last, num_replicas, rank)

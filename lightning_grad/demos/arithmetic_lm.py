@@ -7,6 +7,7 @@ other, by the path of its folder, and learns to imitate imperfect solutions befo
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def write_prompts(path: Path, num: int, seed: int) -> None:
         text = " ".join(WORDS[i] for i in tokens.tolist())  # of equal length, so that steps and digits are aligned
         lines.append(json.dumps({"prompt": text, "answer": answer, "difficulty": level}))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(part, path)  # whole at any time: each process of a run writes it and reads it
 
 
 class ArithmeticJSONL(JSONLPrompts):

@@ -51,19 +51,29 @@ def budgets(compute: Array) -> npt.NDArray[np.int64]:
 
 
 def bootstrap(
-    refit: Callable[[npt.NDArray[np.int64]], Array], strata: npt.NDArray[np.int64], resamples: int, seed: int = 0
+    refit: Callable[[npt.NDArray[np.int64]], Array],
+    strata: npt.NDArray[np.int64],
+    resamples: int,
+    seed: int = 0,
+    *,
+    unknowns: int,
 ) -> Array:
     """Return the parameters of ``resamples`` fits to rows drawn with replacement within each stratum.
 
-    Strata of one row would never vary: they are pooled.
+    Strata of one row would never vary: they are pooled. A draw of fewer different rows than ``unknowns`` determines no
+    fit and is drawn again; there must be more rows than that.
     """
     check_int("bootstrap_resamples", resamples, 0)
     rng = np.random.default_rng(seed)
     sizes = np.bincount(strata)
     pooled = np.where(sizes[strata] > 1, strata, -1)
     parts = [np.flatnonzero(pooled == k) for k in np.unique(pooled)]
-    draws = [np.concatenate([rng.choice(part, len(part)) for part in parts]) for _ in range(resamples)]
-    return np.array([refit(rows) for rows in draws]) if draws else np.empty((0, 0))
+    fits: list[Array] = []
+    while len(fits) < resamples:
+        rows = np.concatenate([rng.choice(part, len(part)) for part in parts])
+        if len(np.unique(rows)) >= unknowns:
+            fits.append(refit(rows))
+    return np.array(fits) if fits else np.empty((0, 0))
 
 
 @dataclass(frozen=True)

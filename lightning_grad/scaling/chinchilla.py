@@ -119,7 +119,7 @@ def fit_chinchilla(
         return p, rss, doubts
 
     p, rss, doubts = fit(np.arange(len(y)), None)
-    samples = bootstrap(lambda rows: fit(rows, p[3:])[0], budgets(n * d), bootstrap_resamples, seed)
+    samples = bootstrap(lambda rows: fit(rows, p[3:])[0], budgets(n * d), bootstrap_resamples, seed, unknowns=5)
     return Chinchilla(rss, tuple(doubts), samples, *map(float, p))
 
 

@@ -16,7 +16,7 @@ from lightning_grad.scaling._columns import Fit, budgets
 from lightning_grad.scaling.chinchilla import Chinchilla, fit_chinchilla
 from lightning_grad.scaling.isoflop import IsoflopParabola, fit_isoflop_parabola, parabola_vertex_shift
 from lightning_grad.scaling.overtraining import Overtraining, fit_downstream, fit_overtraining
-from lightning_grad.scaling.plots import draw
+from lightning_grad.scaling.plots import check_target, draw
 from lightning_grad.scaling.power_law import fit_power_law
 from lightning_grad.scaling.step_law import FINAL_LR, step_law
 from lightning_grad.scaling.table import needed, read_runs
@@ -59,6 +59,16 @@ def _count(text: str) -> int:
     if value != int(value):
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(value)
+
+
+def _not_negative(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 0, got {text!r}")
+    return value
 
 
 def advise(args: Sequence[str] | None = None) -> int:
@@ -115,8 +125,10 @@ def scaling(args: Sequence[str] | None = None) -> int:
     fit.add_argument("--loss", choices=("mse", "huber"), default="mse", help="of the residuals (chinchilla, power)")
     fit.add_argument("--delta", type=_positive, default=1e-3, help="threshold of Huber's loss (default 1e-3)")
     fit.add_argument("--no-constant", action="store_true", help="power law without a constant")
-    fit.add_argument("--bootstrap", type=int, default=200, help="resamples for 90 %% intervals (default 200; 0: none)")
-    fit.add_argument("--seed", type=int, default=0, help="of the resampling")
+    fit.add_argument(
+        "--bootstrap", type=_not_negative, default=200, help="resamples for 90 %% intervals (default 200; 0: none)"
+    )
+    fit.add_argument("--seed", type=_not_negative, default=0, help="of the resampling")
     fit.add_argument("--compute", type=_positive, nargs="+", help="budgets to print the optimum for")
     fit.add_argument("--plot", type=Path, default=Path("scaling_fit.png"), help="default scaling_fit.png")
     fit.add_argument("--no-plot", action="store_true", help="draw nothing")
@@ -128,6 +140,8 @@ def scaling(args: Sequence[str] | None = None) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    if not options.no_plot:
+        check_target(options.plot)  # before the fit, which may take a while
     columns = read_runs(options.csv)
     xy = {"x", "y"} <= columns.keys() and not set(LAWS["chinchilla"]) <= columns.keys()
     law = options.law or ("power" if xy else "chinchilla")

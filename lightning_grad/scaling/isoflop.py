@@ -59,7 +59,7 @@ def fit_isoflop_parabola(
         N: Parameters.
         L: Losses.
         axis: What the parabola is in; tokens are ``C / 6N``.
-        bootstrap_resamples: Fits to rows resampled within each budget, for intervals.
+        bootstrap_resamples: Fits to rows resampled within each budget, for intervals; they need four rows of each.
         seed: Of the resampling.
 
     Raises:
@@ -82,6 +82,9 @@ def fit_isoflop_parabola(
         vertices, rss = np.empty(len(groups)), 0.0
         for k in range(len(groups)):
             rows = draw[index[draw] == k]
+            if len(np.unique(x[rows])) < 3:  # a resample: many parabolas pass through two sizes
+                vertices[k] = np.nan
+                continue
             centre = x[rows].mean()
             q = np.polynomial.polynomial.polyfit(x[rows] - centre, loss[rows], 2)
             rss += float(((np.polynomial.polynomial.polyval(x[rows] - centre, q) - loss[rows]) ** 2).sum())
@@ -96,10 +99,13 @@ def fit_isoflop_parabola(
         rows = groups[int(np.flatnonzero(np.isnan(vertices))[0])]
         budget = f"{compute[rows[0]]:g} (row {rows[0] + 1})"
         raise ValueError(f"Column L: the losses of the budget {budget} have no minimum.")
-    samples = bootstrap(lambda draw: fit(draw)[0], index, bootstrap_resamples, seed)
+    exact = min(map(len, groups)) < 4  # the parabola of three rows passes through them: nothing to resample
+    samples = bootstrap(lambda draw: fit(draw)[0], index, 0 if exact else bootstrap_resamples, seed, unknowns=6)
     samples = samples[np.isfinite(samples).all(1)] if samples.size else samples
     outside = [k for k, rows in enumerate(groups) if not x[rows].min() <= vertices[k] <= x[rows].max()]
     doubts = [f"the optimum of the budget {10 ** log_c[k]:.3g} lies outside its rows" for k in outside]
+    if exact and bootstrap_resamples:
+        doubts.append("no intervals: they need four rows of each budget")
     return IsoflopParabola(
         rss, tuple(doubts), samples, float(line[0]), float(line[1]), axis,
         tuple(map(float, 10**log_c)), tuple(map(float, 10**vertices)),

@@ -65,7 +65,7 @@ def fit_overtraining(
         return p, found.rss, doubts
 
     p, rss, doubts = fit(np.arange(len(y)), None)
-    samples = bootstrap(lambda rows: fit(rows, p[3:])[0], budgets(compute), bootstrap_resamples, seed)
+    samples = bootstrap(lambda rows: fit(rows, p[3:])[0], budgets(compute), bootstrap_resamples, seed, unknowns=4)
     return Overtraining(rss, tuple(doubts), samples, *map(float, p))
 
 
@@ -113,5 +113,5 @@ def fit_downstream(L: npt.ArrayLike, error: npt.ArrayLike, bootstrap_resamples: 
 
     p, rss, doubts = fit(np.arange(len(y)), None)
     strata = np.zeros(len(y), dtype=np.int64)
-    samples = bootstrap(lambda rows: fit(rows, p[2:] * scale)[0], strata, bootstrap_resamples, seed)
+    samples = bootstrap(lambda rows: fit(rows, p[2:] * scale)[0], strata, bootstrap_resamples, seed, unknowns=3)
     return Downstream(rss, tuple(doubts), samples, *map(float, p))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,23 @@ def require_matplotlib() -> None:
         raise ModuleNotFoundError(
             'the plot needs matplotlib: pip install "lightning-grad[demo]", or leave it out with --no-plot.'
         ) from None
+
+
+def check_target(path: Path) -> None:
+    """See that a plot can be written to ``path``, as far as that shows beforehand.
+
+    Raises:
+        ValueError: Its folder is not there, or matplotlib does not know the suffix.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no folder {path.parent}.")
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ModuleNotFoundError:
+        return  # said when it comes to drawing
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise ValueError(f"--plot {path}: no format {path.suffix}; choose one of {', '.join(sorted(known))}.")
 
 
 def draw(fit: Any, columns: dict[str, Array]) -> Any:

@@ -50,7 +50,7 @@ def fit_power_law(
         x: Data, parameters or compute; positive, at least 4 values over at least a decade (less is said in ``status``).
         y: Loss or error; positive.
         constant: ``False``: ``c = 0``.
-        weights: Of the rows, non-negative.
+        weights: Of the rows, non-negative, positive for at least 4.
         loss: Squares, or Huber's loss of the residuals.
         delta: Huber's threshold in units of ``y``, > 0.
         bootstrap_resamples: Fits to resampled rows for intervals.
@@ -65,6 +65,11 @@ def fit_power_law(
     w = None if weights is None else np.asarray(weights, dtype=np.float64).reshape(-1)
     if w is not None and (w.shape != columns["y"].shape or not (np.isfinite(w) & (w >= 0)).all()):
         raise ValueError("`weights` must be one finite number >= 0 for each row.")
+    if w is not None:  # a row without weight is no row, in a resample neither
+        kept = w > 0
+        if kept.sum() < 4:
+            raise ValueError(f"`weights` must be positive for at least 4 rows, got {kept.sum()}.")
+        w, columns = w[kept], checked({name: column[kept] for name, column in columns.items()}, 4, vary=("x",))
     log_x = np.log(columns["x"])
     mean = float(log_x.mean())
 
@@ -94,5 +99,6 @@ def fit_power_law(
         np.zeros(len(log_x), dtype=np.int64),
         bootstrap_resamples,
         seed,
+        unknowns=3 if constant else 2,
     )
     return PowerLaw(rss, tuple(doubts), samples, float(a), float(b), float(c))

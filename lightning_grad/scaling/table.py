@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "params": ("params", "n", "parameters", "num_params", "model size"),
@@ -35,7 +36,8 @@ def read_runs(path: Path) -> dict[str, list[float]]:
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file in UTF-8.") from None
     with io.StringIO(text, newline="") as file:
-        reader = csv.reader(file)
+        rows = csv.reader(file)
+        reader = _readable(rows, path)
         header = next(reader, [])
         names = {i: name for i, title in enumerate(header) if (name := _meaning(title)) is not None}
         twice = [name for name in names.values() if list(names.values()).count(name) > 1]
@@ -47,7 +49,7 @@ def read_runs(path: Path) -> dict[str, list[float]]:
                 continue
             for i, name in names.items():
                 columns[name].append(
-                    _number(row[i] if i < len(row) else "", f"{path}, line {reader.line_num}", header[i])
+                    _number(row[i] if i < len(row) else "", f"{path}, line {rows.line_num}", header[i])
                 )
     if not columns:
         found = ", ".join(repr(title.strip()) for title in header) or "nothing"
@@ -61,6 +63,13 @@ def read_runs(path: Path) -> dict[str, list[float]]:
         columns.setdefault("compute", [6.0 * n * d for n, d in pairs])
         columns.setdefault("ratio", [d / n if n else math.inf for n, d in pairs])
     return columns
+
+
+def _readable(rows: Any, path: Path) -> Iterator[list[str]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: not a CSV file ({error}).") from None
 
 
 def known_names(columns: Iterable[str] = ALIASES) -> str:

@@ -138,9 +138,10 @@ class Attempt:
             time.sleep(0.0002)
 
     def kill(self) -> tuple[int, str, int]:
-        for process in self.processes:
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: none may notice that another one is dead
+            for process in self.processes:
+                assert process.pid is not None
+                os.kill(process.pid, number)
         for process in self.processes:
             process.join(WAIT_S)
             if process.exitcode != -signal.SIGKILL:

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, TorchChec
 
 from lightning_grad import ChecksumCheckpointIO
 from lightning_grad._checksum import ChecksumError, chained_crc32, check_file, replace_file, seal_file
+from lightning_grad.checkpoint_io import checkpoint_fault
 
 CONTENT = {"state_dict": {"weight": torch.arange(600.0)}, "epoch": 3, "loops": {"a": [1, 2]}}
 
@@ -24,6 +25,13 @@ CONTENT = {"state_dict": {"weight": torch.arange(600.0)}, "epoch": 3, "loops": {
 def path(tmp_path):
     ChecksumCheckpointIO().save_checkpoint(CONTENT, tmp_path / "a.ckpt")
     return tmp_path / "a.ckpt"
+
+
+@pytest.mark.parametrize(
+    "word", ["best", "last", "hpc", "registry", "registry:my-model", "REGISTRY:a:version:2", "s3://a"]
+)
+def test_what_lightning_resolves_itself_is_not_looked_at(word):
+    assert checkpoint_fault(word) is None
 
 
 class JsonIO(CheckpointIO):

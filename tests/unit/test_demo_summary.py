@@ -31,6 +31,7 @@ def fit(tmp_path, callbacks, max_steps=6, **kwargs):
 
 def test_the_summary_says_what_was_reached_and_what_to_open(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shutil.which", lambda name: name if name == "tensorboard" else None)
     callbacks = [
         PrintSummary(references={"AdamW, same length": 1.5}, reference_steps=6, prompt="def "),
         ModelCheckpoint(every_n_train_steps=3, save_last=True),

@@ -168,6 +168,8 @@ def test_refused_arguments():
         ResumableDataLoader(numbers(4), batch_size=0)
     with pytest.raises(ValueError, match="`shuffle`"):
         ResumableDataLoader(numbers(4), shuffle=True, sampler=ResumableSampler(range(4)))
+    with pytest.raises(ValueError, match="`in_order`"):
+        ResumableDataLoader(numbers(4), in_order=False)
 
 
 def test_random_walk_of_stops_and_restarts():

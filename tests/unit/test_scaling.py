@@ -106,6 +106,9 @@ def test_weights_and_loss_of_the_power_law():
     weights = np.ones(20)
     weights[4] = 0
     assert fit_power_law(x, y, weights=weights).b == pytest.approx(0.25, rel=1e-9)
+    few = np.where(np.arange(20) % 4 == 1, 1.0, 0.0)
+    samples = fit_power_law(x, y, weights=few, bootstrap_resamples=100).samples[:, 2]
+    assert samples == pytest.approx(0.25, rel=1e-6), "a resample has rows with weight only"
     assert fit_power_law(x, y, loss="huber", delta=1e-6).b == pytest.approx(0.25, rel=1e-3)
     assert abs(fit_power_law(x, y).b - 0.25) > 1e-3
     assert "x spans less than a decade" in fit_power_law([1, 2, 3, 4], [4.0, 3.0, 2.5, 2.2]).status
@@ -182,6 +185,34 @@ def test_intervals_cover():
     assert hits >= 14
 
 
+def test_intervals_of_the_parabola_leave_out_resamples_that_determine_none():
+    """The interval over resamples with three sizes in each budget, drawn here by another rule than the fit's own."""
+    p = SURFACES["chinchilla"]
+    c, n, _, loss = grid(p, 8.0, noise=2e-3)
+    keep = np.concatenate([np.flatnonzero(c == budget)[::3] for budget in np.unique(c)])  # five sizes of each
+    c, n, loss = c[keep], n[keep], loss[keep]
+    low, high = fit_isoflop_parabola(c, n, loss, bootstrap_resamples=400).intervals()["exponent"]
+    rng, slopes = np.random.default_rng(1), []
+    while len(slopes) < 400:
+        vertices = []
+        for budget in np.unique(c):
+            draw = rng.choice(np.flatnonzero(c == budget), 5)
+            if len(set(draw)) < 3:
+                break
+            a, b, _ = np.polyfit(np.log10(c[draw] / 6 / n[draw]), loss[draw], 2)
+            vertices.append(-b / (2 * a) if a > 0 else np.nan)
+        else:
+            slopes.append(np.polyfit(np.log10(np.unique(c)), vertices, 1)[0])
+    assert high - low == pytest.approx(np.ptp(np.nanquantile(slopes, [0.05, 0.95])), rel=0.35)
+
+
+def test_three_rows_of_a_budget_give_no_intervals():
+    c, n = np.repeat([1e18, 1e19, 1e20], 3), np.outer([1e7, 3e7, 1e8], [0.3, 1.0, 3.0]).ravel()
+    fit = fit_isoflop_parabola(c, n, np.tile([3.1, 3.0, 3.1], 3), bootstrap_resamples=50)
+    assert fit.intervals() == {}
+    assert "no intervals: they need four rows of each budget" in fit.status
+
+
 def test_the_bootstrap_is_deterministic_and_optional():
     _, n, d, loss = grid(SURFACES["chinchilla"], 8.0, noise=2e-3)
     one, two = (fit_chinchilla(n, d, loss, bootstrap_resamples=5, seed=3) for _ in range(2))
@@ -207,6 +238,8 @@ def test_the_bootstrap_is_deterministic_and_optional():
         ),
         (lambda: fit_power_law([1, 2, 3, 4], [1, 2, 3, 4], loss="mae"), "`loss`"),
         (lambda: fit_power_law([1, 2, 3, 4], [4, 3, 2, 1], weights=[1, -1, 1, 1]), "`weights`"),
+        (lambda: fit_power_law([1, 2, 3, 4, 5], [5, 4, 3, 2, 1], weights=[1, 1, 0, 0, 1]), "4 rows, got 3"),
+        (lambda: fit_power_law([1, 1, 1, 1, 5], [5, 4, 3, 2, 1], weights=[1, 1, 1, 1, 0]), "Column x must vary"),
         (lambda: step_law(-1, 2e10), "`N`"),
     ],
 )

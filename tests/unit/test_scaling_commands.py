@@ -112,13 +112,21 @@ def test_power_law_and_downstream(tmp_path, capsys, monkeypatch):
         ("params,N,loss\n1,2,3\n", [], "two columns mean params"),
         ("a,b\n1,2\n", [], "its first line has 'a', 'b'. Known: params or n or parameters"),
         ("params,tokens,loss\n1,2,3\n", ["--law", "cubic"], "invalid choice: 'cubic'"),
-        ("params,tokens,loss\n1,2,3\n", ["--bootstrap", "-1"], "at least 6 rows"),
+        ("params,tokens,loss\n1,2,3\n", ["--bootstrap", "-1"], "--bootstrap: must be an integer >= 0, got '-1'"),
+        ("params,tokens,loss\n1,2,3\n", ["--seed", "x"], "--seed: must be an integer >= 0, got 'x'"),
+        (f"params,tokens,loss\n1,2,{'3' * 200_000}\n", [], "line 2: not a CSV file (field larger"),
     ],
 )
 def test_a_bad_table_is_one_line(tmp_path, capsys, text, words, expected):
     path = tmp_path / "bad.csv"
     path.write_text(text)
     assert expected in one_line(capsys, "scaling", "fit", str(path), "--no-plot", *words)
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_the_fit(runs, capsys):
+    pytest.importorskip("matplotlib")
+    assert "no format .foo; choose one of" in one_line(capsys, "scaling", "fit", str(runs), "--plot", "x.foo")
+    assert "there is no folder nowhere" in one_line(capsys, "scaling", "fit", str(runs), "--plot", "nowhere/a.png")
 
 
 def test_rows_that_determine_no_optimum_say_so(tmp_path, capsys):
