@@ -10,11 +10,13 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from lightning_grad._validate import check_choice, check_int
 from lightning_grad.callbacks._batch_checks import MAX_COPIES
 from lightning_grad.callbacks._batch_drivers import WatchDriver
 from lightning_grad.callbacks._step_loss import step_loss
+from lightning_grad.optim.group_edits import GroupEdits
 from lightning_grad.statistics.collector import Estimator, NoiseCollector
 from lightning_grad.statistics.ghost import UnsupportedLayerError, is_norm_layer
 from lightning_grad.statistics.gradient_noise import GradStats
@@ -127,30 +129,31 @@ class GradientProbe:
         if self._collector.collecting:
             self._collector.before_forward(batch, samples_in(batch))
 
-    def before_backward(self, loss: Tensor) -> None:
-        """The mean loss of a micro-batch is known."""
+    def before_backward(self, trainer: pl.Trainer, loss: Tensor) -> None:
+        """``loss`` is about to be differentiated: Lightning divided it by k, and a GradScaler multiplied it."""
         if self._with_loss:
-            value = loss.detach()
+            value = loss.detach() * _mean_loss_over(trainer)
             self._loss_sum = value if self._loss_sum is None else self._loss_sum + value
             self._losses += 1
 
-    def after_backward(self, scale: float) -> None:
-        """A backward pass is done; ``scale`` times its gradient is that of the mean loss of its micro-batch."""
+    def after_backward(self, trainer: pl.Trainer) -> None:
+        """A backward pass is done."""
         if self._collector is None or not self._collector.collecting:
             return
         try:
-            self._collector.after_backward(scale)
+            self._collector.after_backward(_mean_loss_over(trainer))
         except UnsupportedLayerError as error:
             self._collector.cancel()
             self._no_ghost(error)
 
-    def finish(self, trainer: pl.Trainer, driver: WatchDriver, lr: float, steps: int) -> GradStats | None:
+    def finish(self, trainer: pl.Trainer, driver: WatchDriver, optimizer: Optimizer, steps: int) -> GradStats | None:
         """Statistics of the step, when ``.grad`` is complete; None if this step is not tested."""
         if self._loss_sum is not None:
             self.loss = float(self._loss_sum) / self._losses
         if self._collector is None or not self._collector.collecting:
             return None
         self._last_test = steps
+        lr = float(GroupEdits.in_step(optimizer, 0)["lr"])
         return self._collector.finish(driver.world, lambda vector: _reduce(trainer, vector), loss=self.loss, lr=lr)
 
     def _choose(self, driver: WatchDriver) -> Estimator | None:
@@ -176,10 +179,10 @@ class GradientProbe:
         self.on_no_ghost(reason)
 
 
-def amp_scale(trainer: pl.Trainer) -> float:
-    """Factor by which a GradScaler multiplies the loss."""
+def _mean_loss_over(trainer: pl.Trainer) -> float:
+    """The mean loss of a micro-batch over the loss that Lightning differentiates."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
+    return trainer.accumulate_grad_batches / (1.0 if scaler is None else float(scaler.get_scale()))
 
 
 def _reduce(trainer: pl.Trainer, vector: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torchmetrics import Metric
 from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
 from lightning_grad.nvfp4.linear import NVFP4Linear
 from lightning_grad.statistics.curvature import HessianOperator, Mode, adam_scale
+from lightning_grad.statistics.pause import recorders_paused
 from lightning_grad.strategies._spsa_base import SPSABase
 
 _FULL_UP_TO = 20_000_000  # parameters
@@ -43,6 +44,7 @@ def curvature_operator(
     scale = adam_scale(trainer.optimizers[0], params) if preconditioned else None
     reduce = _mean_over_processes if _num_processes() > 1 else None
     with (
+        recorders_paused(),
         _quiet(pl_module),
         HessianOperator(
             _loss_function(pl_module, batches), params, mode, module=pl_module, reduce=reduce, scale=scale

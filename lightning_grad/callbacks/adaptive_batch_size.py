@@ -31,7 +31,7 @@ from lightning_grad.callbacks._batch_drivers import (
     rescale_gradients,
 )
 from lightning_grad.callbacks._batch_log import BatchLog
-from lightning_grad.callbacks._batch_probe import GradientProbe, amp_scale
+from lightning_grad.callbacks._batch_probe import GradientProbe
 from lightning_grad.callbacks._batch_schedules import resolve_schedules, sample_schedules, warn_of_step_schedules
 from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
 
@@ -326,12 +326,11 @@ class AdaptiveBatchSize(TensorBoardCharts):
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        self.probe.before_backward(loss * trainer.accumulate_grad_batches)
+        self.probe.before_backward(trainer, loss)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning divides the loss by k, and a GradScaler multiplies it
-        self.probe.after_backward(trainer.accumulate_grad_batches / amp_scale(trainer))
+        self.probe.after_backward(trainer)
 
     @override
     def on_before_optimizer_step(
@@ -341,7 +340,7 @@ class AdaptiveBatchSize(TensorBoardCharts):
         self._stepped = True
         if self._mode_now() != "monitor":
             rescale_gradients(list(pl_module.parameters()), driver.gradient_correction)
-        stats = self.probe.finish(trainer, driver, float(optimizer.param_groups[0]["lr"]), self._steps)
+        stats = self.probe.finish(trainer, driver, optimizer, self._steps)
         if stats is None:
             return
         plan = driver.plan

@@ -40,6 +40,19 @@ class GroupEdits:
             _EDITS[optimizer] = GroupEdits(optimizer)
         return _EDITS[optimizer]
 
+    @staticmethod
+    def in_step(optimizer: Optimizer, index: int) -> dict[str, Any]:
+        """Parameter group ``index`` as the present or coming step has it.
+
+        A step's closure sees the edited group, except under a loss scaler, which runs it before the step.
+        """
+        group = dict(optimizer.param_groups[index])
+        edits = _EDITS.get(optimizer)
+        if edits is not None and not edits._in_step:
+            for edit in edits._edits:
+                group |= edit(index, group)
+        return group
+
     def add(self, edit: Edit) -> Callable[[], None]:
         """Edit every coming step; the returned function takes the edit off again."""
         self._edits.append(edit)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_grad.statistics.ghost import GhostRecorder
 from lightning_grad.statistics.gradient_noise import GradStats, LeafGradients, squared_norms
+from lightning_grad.statistics.pause import recorders_paused
 from lightning_grad.statistics.sample_grads import (
     SampleLoss,
     per_sample_directional,
@@ -98,7 +99,7 @@ class NoiseCollector:
         if self.estimator == "ghost":
             assert self._ghost is not None
             self._ghost.start(samples)
-        elif self.estimator == "vmap":
+        if self.estimator == "vmap" or (self.estimator == "ghost" and "inner" in self.needs):
             self._batches.append(batch)
 
     def after_backward(self, scale: float) -> None:
@@ -122,13 +123,16 @@ class NoiseCollector:
         loss = self._loss
         if loss is None:
             raise ValueError("the estimator 'vmap' needs the loss as a function of the parameters.")
-        devices = sorted({p.device.index or 0 for p in self.params.values() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices=devices):
+        with recorders_paused(), torch.random.fork_rng(devices=self._devices()):
             for grads in per_sample_grads(loss, self.params, batch, memory_mb=self.memory_mb):
                 self._sums += torch.stack([g.double().square().sum() for g in grads.values()]).cpu()
                 if "element" in self.needs:
                     flat = torch.cat([g.float().square().sum(0).reshape(-1) for g in grads.values()])
                     self._elements = flat if self._elements is None else self._elements + flat
+
+    def _devices(self) -> list[int]:
+        """GPUs whose random states an extra pass must leave alone."""
+        return sorted({p.device.index or 0 for p in self.params.values() if p.device.type == "cuda"})
 
     def finish(
         self,
@@ -200,7 +204,7 @@ class NoiseCollector:
             return [self._ghost.inner_products(direction).double().cpu() * self._scale * self._now]
         if self._loss is None:
             raise ValueError("inner products over several micro-batches need the loss as a function of the parameters.")
-        with torch.random.fork_rng(devices=[]):
+        with recorders_paused(), torch.random.fork_rng(devices=self._devices()):
             parts = [per_sample_directional(self._loss, self.params, direction, batch) for batch in self._batches]
         return [part.double().cpu() for part in parts]
 

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_grad.statistics.pause import paused
+
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS)
@@ -263,7 +265,7 @@ class GhostRecorder:
 
     def _hook(self, named: dict[str, str]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if not self.active or not torch.is_grad_enabled() or not output.requires_grad:
+            if not self.active or paused() or not torch.is_grad_enabled() or not output.requires_grad:
                 return
             first = next(iter(named.values()))
             if first in self._seen:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_grad.statistics.pause import paused
+
 Denominator = Literal["biased", "unbiased"]
 
 
@@ -198,7 +200,7 @@ class LeafGradients:
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         def read(grad: Tensor) -> None:
-            if not self.active:
+            if not self.active or paused():
                 return
             wide = grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
             wide = wide.detach()
