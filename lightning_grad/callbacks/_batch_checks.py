@@ -18,7 +18,7 @@ MAX_COPIES = 4
 """Gradients of micro-batches that may be kept for inner products."""
 
 
-def refuse(trainer: pl.Trainer, pl_module: pl.LightningModule, mode: str) -> None:
+def refuse(trainer: pl.Trainer, pl_module: pl.LightningModule, mode: str, lr_scaler: pl.Callback | None) -> None:
     """Refuse settings that cannot work.
 
     Raises:
@@ -35,6 +35,8 @@ def refuse(trainer: pl.Trainer, pl_module: pl.LightningModule, mode: str) -> Non
         reason = f"{name}: it counts accumulation itself. Use a DDP strategy"
     elif "FSDP" in name or "ModelParallel" in name:
         reason = f"{name}: gradients are sharded, and the hooks see shards. Use a DDP strategy"
+    elif any(callback is lr_scaler for callback in callbacks):
+        reason = "its `lr_scaler` also among the Trainer's callbacks, where it would act again. Remove it from those"
     elif mode != "monitor" and any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
         reason = "GradientAccumulationScheduler: two callbacks would set accumulation. Use mode='monitor'"
     elif mode in ("auto", "sampler"):

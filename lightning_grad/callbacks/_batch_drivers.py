@@ -200,7 +200,7 @@ class SamplerDriver(WatchDriver):
             try:
                 adaptive = AdaptiveDataLoader.from_dataloader(loader, self._initial, self.seed)
             except TypeError as error:
-                if self.on_refused is None:
+                if self.on_refused is None or self.loader is not None:
                     raise
                 self.on_refused(error)
                 return loader
@@ -246,6 +246,7 @@ class SamplerDriver(WatchDriver):
             self.loader.load_state_dict(self._state)
             trainer.accumulate_grad_batches = self._state["accumulate"]
             self._state = None
+        self._consumed = self.loader.current
         self.sync_length(trainer)
 
     def start_epoch(self, trainer: pl.Trainer) -> None:
@@ -274,11 +275,11 @@ class SamplerDriver(WatchDriver):
             self.parts = 0
         self.parts += 1
         self.step_samples = where.step_size
-        self._now = where
         return where.part == 0
 
     def expected_seen(self, samples: int) -> int:
-        return samples + self._now.step_size
+        assert self.loader is not None
+        return samples + self.loader.current.step_size
 
     def plan_for(self, target: int, settings: PlanSettings) -> BatchPlan:
         return settings.plan(target, self.world, self.population)
@@ -289,7 +290,7 @@ class SamplerDriver(WatchDriver):
 
     def end_batch(self, trainer: pl.Trainer, batch_idx: int, stepped: bool) -> None:
         assert self.loader is not None
-        self._consumed = self._now
+        self._consumed = self.loader.current
         self.sync_length(trainer)
 
     def state_dict(self) -> dict[str, Any]:

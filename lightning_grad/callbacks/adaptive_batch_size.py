@@ -161,6 +161,7 @@ class AdaptiveBatchSize(TensorBoardCharts):
         self._next_plan: BatchPlan | None = None
         self._stepped = False
         self._driver: WatchDriver | None = None
+        self._attached = False
         self._pending: dict[str, Any] | None = None
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -218,11 +219,12 @@ class AdaptiveBatchSize(TensorBoardCharts):
         if stage != "fit":
             return
         refuse_twin(trainer)
-        refuse(trainer, pl_module, self.mode)
+        refuse(trainer, pl_module, self.mode, self.lr_scaler)
         mode = possible_mode(trainer, self.mode)
         if needs_two(mode, trainer, self.estimator, self.criterion.needs, self.plans):
             self._split()
         refuse_copies(mode, trainer, self.estimator, self.criterion.needs, self.scope, self.plans)
+        self._attached = True
         if mode == "monitor":
             self._driver = WatchDriver(trainer)
         elif mode == "accumulate":
@@ -232,12 +234,13 @@ class AdaptiveBatchSize(TensorBoardCharts):
             driver.on_loader = self._first_plan
             if mode == "auto":
                 driver.on_refused = lambda error: self._fall_back(trainer, error)
-            driver.attach(trainer)
             self._driver = driver
+            driver.attach(trainer)  # converts a loader given to fit() at once, and may fall back at once
 
     def _fall_back(self, trainer: pl.Trainer, error: TypeError) -> None:
         """The loader's batch cannot change: change accumulation only."""
         rank_zero_warn(f"AdaptiveBatchSize: {error} Only accumulation will change.")
+        self._active.detach(trainer)
         state = self._pending
         self._driver = AccumulateDriver(trainer)
         if state is not None and state["mode"] == "accumulate":
@@ -287,6 +290,7 @@ class AdaptiveBatchSize(TensorBoardCharts):
                 driver.request(BatchPlan(driver.micro, self.plans.min_accumulate, driver.world))
         resolve_schedules(trainer, driver.population)
         self._stepped = False
+        self._pending = None
 
     @property
     def _active(self) -> WatchDriver:
@@ -401,11 +405,18 @@ class AdaptiveBatchSize(TensorBoardCharts):
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self.lr_scaler is not None:
-            self.lr_scaler.on_exception(trainer, pl_module, exception)
+        # Lightning calls no teardown then. What state_dict() reads stays: checkpoint callbacks save after this.
+        self._restore(trainer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._restore(trainer)
+
+    def _restore(self, trainer: pl.Trainer) -> None:
+        """Undo, once, what this fit changed in Trainer, model, loader and optimizers."""
+        if not self._attached:
+            return
+        self._attached, self._pending = False, None
         self.probe.detach()
         if self.lr_scaler is not None:
             self.lr_scaler.detach(trainer)

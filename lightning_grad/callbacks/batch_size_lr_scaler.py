@@ -204,8 +204,7 @@ class BatchSizeLRScaler(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        for optimizer in trainer.optimizers:
-            GroupEdits.of(optimizer).restore()
+        self.detach(trainer)  # Lightning calls no teardown then
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -1,5 +1,6 @@
 """AdaptiveBatchSize in a Trainer: what is trained on, when Lightning validates, what is measured, what is refused."""
 
+import itertools
 import math
 import warnings
 
@@ -7,7 +8,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    TQDMProgressBar,
+)
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -235,12 +241,76 @@ def test_streams_are_refused_by_name_or_accumulated():
 
     with pytest.raises(TypeError, match="IterableDataset cannot be changed; use mode='accumulate'"):
         fit(Mean(loader=loader()), scripted(8, mode="sampler"))
-    model = Mean(loader=loader())
-    run = trainer(scripted(8, 16, mode="auto"))
-    with pytest.warns(UserWarning, match="Only accumulation will change"):
+    for given in ((), (loader(),)):  # by the module's hook, and to fit()
+        model = Mean(loader=loader())
+        run = trainer(scripted(8, 16, mode="auto"))
+        with pytest.warns(UserWarning, match="Only accumulation will change"):
+            run.fit(model, *given)
+        assert len(model.seen) == 64
+        assert run.global_step < 16
+        assert "train_dataloader" not in model.__dict__  # put back
+
+
+def test_a_loader_in_an_unknown_order_is_accumulated():
+    model = Mean(n=32, batch=4)
+    run = trainer(scripted(4, 8), max_epochs=1)
+    with pytest.warns(UserWarning, match="in_order=False"):
+        run.fit(model, DataLoader(TensorDataset(model.data), 4, in_order=False))
+    assert [len(window) for window, _ in model.steps] == [1, 1, 2, 2, 2]
+
+
+class Fails(Mean):
+    """Raises in the training step of a batch, until told not to."""
+
+    at = 5
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == self.at:
+            raise RuntimeError("boom")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("mode", ["sampler", "accumulate"])
+def test_everything_is_put_back_after_an_exception(mode):
+    model = Fails(n=64, batch=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    model.configure_optimizers = lambda: optimizer
+    scaler = BatchSizeLRScaler("linear")
+    callback = scripted(4, 8, 16, mode=mode, estimator="ghost", max_micro_batch_size=4, lr_scaler=scaler)
+    run = trainer(callback)
+    with pytest.raises(RuntimeError, match="boom"):
         run.fit(model)
-    assert len(model.seen) == 64
-    assert run.global_step < 16
+    assert run.accumulate_grad_batches == 1
+    assert "train_dataloader" not in model.__dict__
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert callback.probe._collector is None
+    assert scaler.factor > 1
+    rates = []
+    optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+    model.at, model.steps, model.window = None, [], []
+    trainer(max_epochs=1).fit(model)
+    assert rates == [1e-4] * 16
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("at", [0, 1, 5, 7])
+def test_a_checkpoint_written_on_an_exception_continues(at, workers, tmp_path):
+    """In mid-window, when a callback has put everything back: the next run goes on after the last batch that ended."""
+
+    def run(model, *others, **kwargs):
+        callback = scripted(16, max_growth=2.0, max_micro_batch_size=8)
+        trainer(callback, *others, max_epochs=1, enable_checkpointing=bool(others), default_root_dir=tmp_path).fit(
+            model, **kwargs
+        )
+
+    straight, broken, resumed = Mean(n=80, batch=4), Fails(n=80, batch=4, num_workers=workers), Mean(n=80, batch=4)
+    run(straight)
+    assert [[len(part) for part in window] for window, _ in straight.steps[:4]] == [[4], [8], [8, 8], [8, 8]]
+    broken.at = at
+    with pytest.raises(RuntimeError, match="boom"):
+        run(broken, OnExceptionCheckpoint(tmp_path))
+    run(resumed, ckpt_path=tmp_path / "on_exception.ckpt", weights_only=True)
+    assert broken.seen + resumed.seen == straight.seen
 
 
 class Net(pl.LightningModule):
@@ -448,6 +518,9 @@ def test_refusals():
         fit(Mean(), AdaptiveBatchSize(64), GradientAccumulationScheduler({0: 2}))
     with pytest.raises(MisconfigurationException, match="SharedSeedSPSAStrategy: there are no gradients"):
         fit(Mean(), AdaptiveBatchSize(64), strategy=SharedSeedSPSAStrategy(lr=1e-4))
+    scaler = BatchSizeLRScaler()
+    with pytest.raises(MisconfigurationException, match="its `lr_scaler` also among the Trainer's callbacks"):
+        fit(Mean(), AdaptiveBatchSize(64, lr_scaler=scaler), scaler)
     manual = Mean()
     manual.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match="manual optimization"):
@@ -521,6 +594,26 @@ def test_skipped_tests_are_counted():
     callback = AdaptiveBatchSize(8, test_interval=1)
     fit(Broken(), callback, limit_val_batches=0, max_epochs=1)
     assert (callback.skipped_tests, callback.tests) == (7, 1)
+
+
+@pytest.mark.parametrize("mode", ["sampler", "accumulate", "monitor"])
+@pytest.mark.parametrize(("k", "empty"), [(1, 0), (1, 5), (2, 0), (2, 3)])
+def test_a_batch_that_is_none_is_passed_over(mode, k, empty):
+    batches = itertools.count()
+
+    def collate(rows):
+        return None if next(batches) == empty else torch.utils.data.default_collate(rows)
+
+    model = Mean(n=32, batch=4, shuffle=False, collate_fn=collate)
+    callback = scripted(4, mode=mode, estimator="ghost")
+    trainer(callback, accumulate_grad_batches=k, max_epochs=1).fit(model)
+    assert model.seen == [i for i in range(32) if i // 4 != empty]
+    # at a window's last batch Lightning makes no step if that is None
+    assert len(model.steps) == (8 if k == 1 else 4) - (k == 1 or empty == 3)
+    assert mode == "monitor" or model.steps[0][1] == pytest.approx(
+        {(1, 0): 5.5, (2, 0): 5.5, (1, 5): 1.5, (2, 3): 3.5}[k, empty]
+    )
+    assert mode != "sampler" or callback.state_dict()["driver"]["batches"] == 8
 
 
 class AsksEarly(Mean):
