@@ -135,21 +135,32 @@ def wrap_train_dataloader(trainer: pl.Trainer, convert: Callable[[Any], Any]) ->
 
         return undo_loader
     hook = instance.train_dataloader
-    own = instance.__dict__.get("train_dataloader")
 
     @functools.wraps(hook)
     def train_dataloader() -> Any:
         return convert(hook())
 
-    instance.__dict__["train_dataloader"] = train_dataloader
+    return replace_method(instance, "train_dataloader", train_dataloader)
 
-    def undo_hook() -> None:
+
+def replace_method(instance: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Give one object another method, past ``nn.Module.__setattr__``.
+
+    Returns:
+        A function that undoes it; calling it again does nothing.
+    """
+    own = instance.__dict__.get(name)
+    instance.__dict__[name] = method
+
+    def undo() -> None:
+        if instance.__dict__.get(name) is not method:
+            return  # undone, or somebody else's by now
         if own is None:
-            instance.__dict__.pop("train_dataloader", None)
+            del instance.__dict__[name]
         else:
-            instance.__dict__["train_dataloader"] = own
+            instance.__dict__[name] = own
 
-    return undo_hook
+    return undo
 
 
 def set_epoch_length(trainer: pl.Trainer, batches: int) -> int:

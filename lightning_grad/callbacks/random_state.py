@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_grad._lightning import replace_method
 from lightning_grad.data import ResumableDataLoader
 
 
@@ -39,9 +42,10 @@ class RandomStateCheckpoint(pl.Callback):
     def __init__(self, isolate_validation: bool = True) -> None:
         self.isolate_validation = isolate_validation
         self._before_validation: dict[str, Any] | None = None
+        self._undo: Callable[[], None] | None = None
         self._pending: dict[str, Any] | None = None
         self._positions: list[dict[str, Any]] = []
-        self._failed_batch: int | None = None
+        self._batch_failed = False
         self._device: torch.device | None = None
 
     @property
@@ -56,7 +60,8 @@ class RandomStateCheckpoint(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         # Lightning calls this on every process when it saves, so the exchange below is a collective of all of them
-        own = _random_states(self._device)
+        # a run resumed from a checkpoint that is written during a validation does not validate again
+        own = self._before_validation or _random_states(self._device)
         ranks = [own]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             ranks = [{} for _ in range(dist.get_world_size())]
@@ -79,7 +84,7 @@ class RandomStateCheckpoint(pl.Callback):
         loop = checkpoint.get("loops", {}).get("fit_loop", {})
         self._positions = loop.get("state_dict", {}).get("combined_loader", [])
         batches = loop.get("epoch_loop.batch_progress", {}).get("current", {})
-        self._failed_batch = batches["processed"] if batches and batches["processed"] < batches["ready"] else None
+        self._batch_failed = bool(batches) and batches["processed"] < batches["ready"]
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -92,6 +97,9 @@ class RandomStateCheckpoint(pl.Callback):
                 )
         self._restore_positions(trainer)
         self._restore_pending(trainer)
+        self._release()
+        if self.isolate_validation:
+            self._isolate(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -127,18 +135,34 @@ class RandomStateCheckpoint(pl.Callback):
         _restore(ranks[trainer.global_rank], self._device)
 
     @override
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        # on_validation_start is too late: the validation loader's iterator exists by then
-        self._before_validation = _random_states(self._device) if self.isolate_validation else None
-
-    @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._before_validation is not None and not trainer.sanity_checking:
-            _restore(self._before_validation, self._device)
-
-    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._before_validation = None
+        self._release()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
+
+    def _isolate(self, trainer: pl.Trainer) -> None:
+        # Every hook is too early or too late: on_train_batch_end of others may draw after ours, and in
+        # on_validation_start the loader's iterator exists already.
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        run = loop.run
+
+        @functools.wraps(run)
+        def isolated() -> Any:
+            self._before_validation = _random_states(self._device)
+            try:
+                return run()
+            finally:
+                states, self._before_validation = self._before_validation, None
+                _restore(states, self._device)
+
+        self._undo = replace_method(loop, "run", isolated)
 
     def _restore_positions(self, trainer: pl.Trainer) -> None:
         positions, self._positions = self._positions, []
@@ -154,13 +178,16 @@ class RandomStateCheckpoint(pl.Callback):
         for loader, position in zip(loaders, positions, strict=True):
             if isinstance(loader, ResumableDataLoader):
                 # harmless if Lightning did it: no batch has been drawn yet
-                loader.load_state_dict(self._at_failed_batch(position))
+                loader.load_state_dict(_one_back(position, len(loader)) if self._batch_failed else position)
 
-    def _at_failed_batch(self, position: dict[str, Any]) -> dict[str, Any]:
-        if self._failed_batch is None or "batches" not in position:
-            return position
-        epoch = position["epoch"] if position["batches"] else position["epoch"] - 1  # it was the last of its epoch
-        return position | {"epoch": epoch, "batches": self._failed_batch}
+
+def _one_back(position: dict[str, Any], length: int) -> dict[str, Any]:
+    """The position before the batch that was delivered last; of several loaders each has its own."""
+    if "batches" not in position:
+        return position
+    if position["batches"]:
+        return position | {"batches": position["batches"] - 1}
+    return position | {"epoch": position["epoch"] - 1, "batches": length - 1}  # it was the last of its epoch
 
 
 def _random_states(device: torch.device | None) -> dict[str, Any]:

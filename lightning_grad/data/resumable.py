@@ -85,7 +85,29 @@ class ResumableSampler(DistributedSampler[Any]):
             cast("Dataset[Any]", dataset), num_replicas=1, rank=0, shuffle=shuffle, seed=seed, drop_last=drop_last
         )
         self._fixed_share = None if num_replicas is None or rank is None else (num_replicas, rank)
+        self.named_epoch = 0  # the one that set_epoch() was given last; passes since then are counted in `epoch`
+        self.resumed: tuple[int, int] | None = None  # named epoch and epoch of a position that waits to be used
         self.resolve()
+
+    @override
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; of a position just restored, the epoch that was named before means the pass it is in."""
+        # Lightning names the epoch again when it resumes, and a loader that is cycled beside a longer one is further
+        self.named_epoch = epoch
+        at = self.resumed
+        super().set_epoch(at[1] if at is not None and at[0] == epoch else epoch)
+
+    def advance(self) -> None:
+        """Go on to the next epoch after a full pass."""
+        named = self.named_epoch
+        self.set_epoch(self.epoch + 1)
+        self.named_epoch = named
+
+    def resume(self, epoch: int, named_epoch: int) -> None:
+        """Take over a saved epoch."""
+        self.resumed = None
+        self.set_epoch(epoch)
+        self.named_epoch, self.resumed = named_epoch, (named_epoch, epoch)
 
     @property
     def dataset_size(self) -> int:
@@ -209,7 +231,7 @@ class ResumableBatchSampler(PositionedBatchSampler[tuple[int, int]]):
     @override
     def positioned_batches(self) -> Iterator[tuple[list[int], tuple[int, int]]]:
         epoch, done = self.start()
-        self._resume = None
+        self._resume = self.sampler.resumed = None
         order = self.sampler.local_order()
         for batch in range(done, len(self)):
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist(), (epoch, batch + 1)
@@ -220,7 +242,7 @@ class ResumableBatchSampler(PositionedBatchSampler[tuple[int, int]]):
         if batches >= len(self):
             epoch, batches = epoch + 1, 0
         position_state = {"version": 1, "epoch": epoch, "batches": batches, "dataset_size": self.sampler.dataset_size}
-        return position_state | self._settings()
+        return position_state | {"named_epoch": self.sampler.named_epoch} | self._settings()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -242,7 +264,7 @@ class ResumableBatchSampler(PositionedBatchSampler[tuple[int, int]]):
                 f"ResumableDataLoader: the checkpoint was written after batch {batches} of epoch {epoch} with {saved};"
                 f" this loader has {now}. Use the same again,{advice} or load the weights only."
             )
-        self.sampler.set_epoch(epoch)
+        self.sampler.resume(epoch, state_dict.get("named_epoch", epoch))
         self._resume = (epoch, batches)
 
     @override
@@ -287,9 +309,10 @@ class ResumableDataLoader(DataLoader[_T]):
         ValueError: Arguments out of range or exclusive. On ``load_state_dict``: the position was saved in mid-epoch
             with other settings, or for a data set of another size.
 
-    State: ``epoch, batches`` of the last batch *delivered*, and the settings that must be equal in mid-epoch; the same
-    on every process. Random transforms that run in worker processes restart with the workers, so with them resume is
-    exact at the end of an epoch only.
+    State: ``epoch, batches`` of the last batch *delivered*, the epoch given to ``set_epoch`` last (a loader cycled
+    beside a longer one is further), and the settings that must be equal in mid-epoch; the same on every process.
+    Random transforms that run in worker processes restart with the workers, so with them resume is exact at the end
+    of an epoch only.
     """
 
     def __init__(
@@ -369,4 +392,4 @@ class ResumableDataLoader(DataLoader[_T]):
             self._delivered = dispatched.popleft()
             yield batch
         if positions.sampler.epoch == epoch:
-            positions.sampler.set_epoch(epoch + 1)
+            positions.sampler.advance()

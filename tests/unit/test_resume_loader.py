@@ -267,3 +267,33 @@ def test_two_processes_share_the_data_once():
         assert [len(r) for r in ranks] == [8, 8]
         for epoch in (slice(0, 4), slice(4, 8)):
             assert Counter(i for r in ranks for batch in r[epoch] for i in batch) == Counter(range(16))
+
+
+def test_a_cycled_loader_continues_in_its_pass_when_the_epoch_is_named_again():
+    def make():
+        return ResumableDataLoader(TensorDataset(torch.arange(6)), batch_size=2, shuffle=True)
+
+    def rest(loader):
+        return [batch.tolist() for (batch,) in loader]
+
+    loader = make()
+    loader.set_epoch(4)
+    start = loader.state_dict()
+    rest(loader)
+    second = iter(loader)
+    next(second)
+    state = loader.state_dict()
+    want = [batch.tolist() for (batch,) in second]
+    again = make()
+    again.load_state_dict(state)
+    again.load_state_dict(start)
+    again.set_epoch(4)
+    first = rest(again)
+    again.load_state_dict(state)
+    again.set_epoch(4)  # as Lightning does when it resumes
+    assert rest(again) == want
+    again.set_epoch(4)
+    assert rest(again) == first  # once only
+    again.load_state_dict(state)
+    again.set_epoch(9)
+    assert len(rest(again)) == 3  # another epoch is the newer word

@@ -1,5 +1,7 @@
 """Random states and data positions that Lightning would lose."""
 
+import contextlib
+import pickle
 import random
 import warnings
 
@@ -92,6 +94,89 @@ def test_a_batch_that_failed_is_trained_on_again(tmp_path, fail_at):
         )  # fmt: skip
     resumed = fit(Draws(), tmp_path / "again", tmp_path / "failed.ckpt")
     assert [batch for batch, *_ in resumed] == [batch for batch, *_ in straight[fail_at:]]
+
+
+class TwoLoaders(Draws):
+    """The shorter loader is cycled beside the longer one."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([torch.cat([batch["short"][0], batch["long"][0]])], batch_idx)
+
+    def train_dataloader(self):
+        return {
+            name: ResumableDataLoader(TensorDataset(torch.arange(size)), batch_size=3, shuffle=True)
+            for name, size in (("short", 7), ("long", 20))
+        }
+
+
+def test_a_loader_that_is_cycled_continues_at_its_own_position(tmp_path):
+    straight = fit(TwoLoaders(), tmp_path, steps=14)
+    for step in (2, 3, 4, 6, 7, 9, 10):
+        resumed = fit(TwoLoaders(), tmp_path / "again", tmp_path / f"step={step}.ckpt", steps=14)
+        assert resumed == straight[step:], step
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 3, 4, 6, 7, 10])
+def test_of_several_loaders_each_goes_back_one_batch(tmp_path, fail_at):
+    straight = fit(TwoLoaders(), tmp_path / "straight", steps=14)
+    with pytest.raises(OSError, match="disk full"):
+        fit(
+            TwoLoaders(fail_at=fail_at), tmp_path / "failing", steps=14,
+            callbacks=[RandomStateCheckpoint(), OnExceptionCheckpoint(tmp_path, "failed")],
+        )  # fmt: skip
+    resumed = fit(TwoLoaders(), tmp_path / "again", tmp_path / "failed.ckpt", steps=14)
+    assert [batch for batch, *_ in resumed] == [batch for batch, *_ in straight[fail_at:]]
+
+
+class DrawsAfterBatch(pl.Callback):
+    def __init__(self):
+        self.drawn = []
+
+    def on_train_batch_end(self, *args):
+        self.drawn += [torch.rand(()).item(), random.random(), np.random.normal()]
+
+
+def test_what_training_draws_before_a_validation_is_not_drawn_again(tmp_path):
+    class Model(Draws):
+        def on_train_batch_end(self, *args):
+            torch.rand(())
+
+    def run(folder, batches):
+        model, later = Model(), DrawsAfterBatch()
+        callbacks = [RandomStateCheckpoint(), later]
+        seen = fit(model, folder, callbacks=callbacks, limit_val_batches=batches, val_check_interval=2)
+        return [number for _, *numbers in seen for number in numbers] + later.drawn
+
+    numbers = run(tmp_path / "2", 2)
+    assert len(set(numbers)) == len(numbers)
+    assert numbers == run(tmp_path / "0", 0)
+
+
+def test_a_checkpoint_of_a_validation_holds_the_states_before_it(tmp_path):
+    class Saves(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            torch.rand(())
+            if not trainer.sanity_checking:
+                trainer.save_checkpoint(tmp_path / f"validated={trainer.global_step}.ckpt")
+
+    straight = fit(Draws(), tmp_path, callbacks=[RandomStateCheckpoint(), Saves()], val_check_interval=2)
+    for step in (2, 4, 6):
+        resumed = fit(Draws(), tmp_path / "again", tmp_path / f"validated={step}.ckpt", val_check_interval=2)
+        assert resumed == straight[step:], step
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_trainer_is_left_as_it_was(tmp_path, fails):
+    class Watch(pl.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            self.loop = trainer.fit_loop.epoch_loop.val_loop
+
+    watch, callback = Watch(), RandomStateCheckpoint()
+    model = Draws(fail_at=3 if fails else None)
+    with pytest.raises(OSError, match="disk full") if fails else contextlib.nullcontext():
+        fit(model, tmp_path, callbacks=[callback, watch], steps=4)
+    assert "run" not in watch.loop.__dict__
+    pickle.dumps(callback)
 
 
 def test_another_number_of_processes_is_said(tmp_path):
