@@ -150,7 +150,7 @@ def _installed(package: str) -> str:
         return str(import_module(package).__version__)
 
 
-def refuse(prog: str, text: str) -> NoReturn:
-    """Print one line on stderr and exit with status 2."""
+def refuse(prog: str, text: str, status: int = 2) -> NoReturn:
+    """Print one line on stderr and exit."""
     print(f"{prog.split()[0]}: error: {' '.join(text.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)

@@ -25,6 +25,7 @@ from lightning_grad._command import PROG, SUMMARY, main, refuse, version_text
 from lightning_grad.callbacks import BindDataSize, RandomStateCheckpoint
 from lightning_grad.checkpoint_io import ChecksumCheckpointIO, checkpoint_fault
 from lightning_grad.optim.groups import OptimizerGroup
+from lightning_grad.spsa.errors import SPSAError
 
 __all__ = ["GradArgumentParser", "LightningGradCLI", "SaveConfig", "main"]
 
@@ -320,13 +321,17 @@ def _debugging() -> bool:
 
 
 def run_trainer_command(words: Sequence[str]) -> None:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``; mistakes in the input are one line and exit status 2."""
+    """Run ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Mistakes in the input are one line and exit status 2; what ends an SPSA run later is one line and status 1.
+    """
     if any(word.startswith("--print_completion") for word in words):
         set_parsing_settings(add_print_completion_argument=True)
     about = {"prog": PROG, "description": SUMMARY, "version": version_text()}
     try:
         LightningGradCLI(args=list(words), parser_kwargs=about)
     except Exception as error:
-        if _debugging() or not (isinstance(error, ConfigError) or hasattr(error, "bad_input")):
+        bad_input = isinstance(error, ConfigError) or hasattr(error, "bad_input")
+        if _debugging() or not (bad_input or isinstance(error, SPSAError)):
             raise
-        refuse(PROG, one_line(str(error)))
+        refuse(PROG, one_line(str(error)), status=2 if bad_input else 1)

@@ -44,6 +44,17 @@ class Toy(pl.LightningModule):
     val_dataloader = train_dataloader
 
 
+class Diverges(Toy):
+    """Its loss is NaN from a batch on."""
+
+    def __init__(self, batch):
+        super().__init__(steps=20, micro=1)
+        self.batch = batch
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (float("nan") if batch_idx >= self.batch else 1.0)
+
+
 def trainer(strategy, **settings):
     quiet = {
         "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "max_epochs": 1,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.spsa.errors import JournalError, ReplicaMismatchError, SPSAConfigError, StoreLostError
+from lightning_grad.spsa.errors import JournalError, SPSAError
 from lightning_grad.spsa.journal import MAGIC, Journal
 from lightning_grad.spsa.replayer import Progress, replay
 from lightning_grad.spsa.rule import UpdateRule
@@ -29,7 +29,7 @@ def main(args: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         status: int = options.run(options)
-    except (JournalError, SPSAConfigError, ReplicaMismatchError, StoreLostError, OSError, ModuleNotFoundError) as error:
+    except (SPSAError, OSError, ModuleNotFoundError) as error:
         print(f"lightning-grad spsa: {error}", file=sys.stderr)
         return 1
     return status

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lightning_grad._validate import check_choice, check_int, check_range
 from lightning_grad.spsa.auth import Authenticator
-from lightning_grad.spsa.errors import ReplicaMismatchError, StoreLostError
+from lightning_grad.spsa.errors import JoinTimeoutError, ReplicaMismatchError, StoreLostError
 from lightning_grad.spsa.membership import Contribution, Genesis, Membership, SharedRecord, next_members, vote
 from lightning_grad.spsa.observer import read_genesis, read_record
 from lightning_grad.spsa.replayer import catch_up, make_plan
@@ -143,7 +143,7 @@ class ElasticWorker:
 
         Raises:
             SPSAConfigError: The run has other settings, other base weights or another key.
-            TimeoutError: Not enough workers came, or nobody let this one in.
+            JoinTimeoutError: Not enough workers came, or nobody let this one in.
         """
         with self._told():
             genesis = self._genesis()
@@ -163,7 +163,7 @@ class ElasticWorker:
                 self._store.first("g", self._auth.seal("g", 0, 0, mine.to_bytes()))
             elif time.monotonic() > deadline:
                 strange = [w for w in here if not self._said("j", w)]
-                raise TimeoutError(
+                raise JoinTimeoutError(
                     f"SPSA: {len(ready)} of `min_workers` {self._options.min_workers} workers came within"
                     f" {self._options.join_timeout:g} s."
                     + (f" Messages of {len(strange)} more cannot be read: {self._auth.advice}" if strange else "")
@@ -184,7 +184,7 @@ class ElasticWorker:
         while self.worker not in self._membership.missed and not self.stopped:
             now = time.monotonic()
             if now > deadline:
-                raise TimeoutError(f"SPSA: no member let this worker in within {self._options.join_timeout:g} s.")
+                raise JoinTimeoutError(f"SPSA: no member let this worker in within {self._options.join_timeout:g} s.")
             patience = (len(self.roster) + 1) * self._options.step_timeout
             if now - progress > patience or all(self._said("l", w) for w in self.roster):
                 self._propose(self.step)

@@ -8,11 +8,27 @@ if TYPE_CHECKING:
     from lightning_grad.spsa.journal import Journal
 
 
-class SPSAConfigError(ValueError):
+class SPSAError(Exception):
+    """Any of those below. The text says what to do and needs no traceback: the commands print it alone."""
+
+
+class SPSAConfigError(SPSAError, ValueError):
     """The run is set up in a way that cannot work. The Lightning layer raises a subclass that Lightning knows too."""
 
 
-class JournalError(ValueError):
+class NoFiniteLossError(SPSAError, RuntimeError):
+    """No worker has had a finite loss for too many steps in a row."""
+
+
+class UpdateOverflowError(SPSAError, OverflowError):
+    """An update is not finite or too large."""
+
+
+class JoinTimeoutError(SPSAError, TimeoutError):
+    """Not enough workers came to start an elastic run, or nobody let this one in."""
+
+
+class JournalError(SPSAError, ValueError):
     """A journal file is damaged or does not fit; the text names the record and the byte offset.
 
     Attributes:
@@ -24,7 +40,7 @@ class JournalError(ValueError):
         self.intact = intact
 
 
-class ReplicaMismatchError(RuntimeError):
+class ReplicaMismatchError(SPSAError, RuntimeError):
     """Two replicas that must be bitwise equal are not.
 
     Attributes:
@@ -38,5 +54,5 @@ class ReplicaMismatchError(RuntimeError):
         self.step, self.expected, self.got = step, expected, got
 
 
-class StoreLostError(RuntimeError):
+class StoreLostError(SPSAError, RuntimeError):
     """The key-value store of an elastic run does not answer any more."""

@@ -50,7 +50,7 @@ def make_plan(journal: Journal, upto: int | None = None, after: UpdateRule | Non
         after: State to start from; its ``step`` records are skipped. It stays as it is.
 
     Raises:
-        OverflowError: An update is not finite or too large.
+        UpdateOverflowError: An update is not finite or too large.
     """
     plan = Plan(after.copy() if after is not None else UpdateRule(journal.header))
     plan.first = plan.rule.step

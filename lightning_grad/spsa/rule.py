@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from lightning_grad.spsa.codec import Codec
-from lightning_grad.spsa.errors import JournalError
+from lightning_grad.spsa.errors import JournalError, UpdateOverflowError
 from lightning_grad.spsa.journal import Header, Record
 
 Term = tuple[int, int, float]  # (step, direction, coefficient)
@@ -155,7 +155,7 @@ class UpdateRule:
 
         Raises:
             JournalError: It has more or fewer codes than its roster.
-            OverflowError: The update is not finite or too large.
+            UpdateOverflowError: The update is not finite or too large.
         """
         lr = record.lr if record.lr is not None else self.lr
         roster = record.roster if record.roster is not None else self.roster
@@ -209,7 +209,7 @@ class UpdateRule:
     def _check(self, update: StepUpdate, tracker: ScaleTracker) -> None:
         largest = max((abs(c) for _, _, c in update.terms), default=0.0)
         if not all(math.isfinite(c) for _, _, c in update.terms) or largest >= 2.0**40:
-            raise OverflowError(
+            raise UpdateOverflowError(
                 f"SPSA update overflow at step {self.step}: lr {update.lr:g}, scale 2**{tracker.scale_log2}, largest"
                 f" coefficient {largest:g}. Lower the learning rate."
             )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.spsa.engine import SPSAEngine
-from lightning_grad.spsa.errors import JournalError, ReplicaMismatchError, SPSAConfigError
+from lightning_grad.spsa.errors import JournalError, NoFiniteLossError, ReplicaMismatchError, SPSAConfigError
 from lightning_grad.spsa.forward import Forwards
 from lightning_grad.spsa.journal import Header, Journal, Record
 from lightning_grad.spsa.options import Options
@@ -20,6 +20,7 @@ from lightning_grad.spsa.replayer import Progress, catch_up, check_base, make_pl
 from lightning_grad.spsa.rule import StepUpdate, UpdateRule
 
 _SAME_LOSS_WARNING = 20
+_ADVICE = "Lower the learning rate, or `eps` if one side is finite; or look at the data."
 
 
 @dataclass
@@ -58,6 +59,8 @@ class Session:
         self._forwards = Forwards(module, options.forward_mode, self.engine.device)
         self.measured = Measured()
         self._same = 0
+        self._bad = ""  # where the loss ceased to be finite
+        self._warned = False
 
     def _begin(self, header: Header) -> None:
         self.header = header
@@ -109,7 +112,7 @@ class Session:
             with self._forwards.slot(self.options.seed, self.rule.step, direction) as before:
                 output, plus = self._loss_at(direction, +1, before, forward)
                 _, minus = self._loss_at(direction, -1, before, forward)
-            output = self._take(output, plus, minus, (plus - minus) / (2.0 * self.engine.eps))
+            output = self._take(direction, output, plus, minus, (plus - minus) / (2.0 * self.engine.eps))
         return output
 
     def _one_sided(self, directions: range, forward: Callable[[], Any]) -> Any:
@@ -119,7 +122,7 @@ class Session:
             _, centre = self._loss_at(directions[0], 0, before, forward)
             for direction in directions:
                 output, plus = self._loss_at(direction, +1, before, forward)
-                output = self._take(output, plus, centre, (plus - centre) / self.engine.eps)
+                output = self._take(direction, output, plus, centre, (plus - centre) / self.engine.eps)
         return output
 
     def _loss_at(
@@ -135,19 +138,36 @@ class Session:
         output = forward()
         return output, loss_value(output)
 
-    def _take(self, output: Any, loss: float, other: float, gradient: float) -> Any:
+    def _take(self, direction: int, output: Any, plus: float, other: float, gradient: float) -> Any:
         self.pending.append(gradient)
-        self._note(loss, other, gradient)
-        return with_loss(output, (loss + other) / 2.0, self.engine.device)
+        self.measured = Measured((plus + other) / 2.0, abs(plus - other), gradient)
+        self._watch_sameness(plus == other)
+        if output is not None:
+            self._watch_finiteness(direction, plus, other)
+        return with_loss(output, self.measured.loss, self.engine.device)
 
-    def _note(self, plus: float, minus: float, gradient: float) -> None:
-        self.measured = Measured((plus + minus) / 2.0, abs(plus - minus), gradient)
-        self._same = self._same + 1 if plus == minus else 0
+    def _watch_sameness(self, same: bool) -> None:
+        self._same = self._same + 1 if same else 0
         if self._same == _SAME_LOSS_WARNING:
             warnings.warn(
                 f"SPSA: the loss did not change in {_SAME_LOSS_WARNING} directions. Does it depend on the trainable"
                 " parameters, or are features of trainable layers cached? An objective with steps needs a larger"
                 " `eps`.",
+                stacklevel=2,
+            )
+
+    def _watch_finiteness(self, direction: int, plus: float, other: float) -> None:
+        if math.isfinite(plus - other):
+            self._bad = ""
+            return
+        side = "both sides" if math.isnan(plus) and math.isnan(other) else "one side"
+        self._bad = self._bad or f"at step {self.rule.step} along direction {direction}, on {side}"
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"SPSA: the loss is not finite {self._bad}; the direction abstains (`spsa/abstained` counts them)."
+                f" {self.options.max_bad_steps} steps in a row without any finite loss end the run (`max_bad_steps`)."
+                f" {_ADVICE}",
                 stacklevel=2,
             )
 
@@ -174,10 +194,10 @@ class Session:
 
         Raises:
             JournalError: The record does not fit its roster; nothing has changed.
-            OverflowError: The update is not finite or too large; only the perturbation is outstanding.
+            UpdateOverflowError: The update is not finite or too large; only the perturbation is outstanding.
             ReplicaMismatchError: The record carries a digest and these parameters have another one.
             SPSAConfigError: A parameter has grown too large for ``eps``.
-            RuntimeError: Too many steps in a row in which everyone abstained.
+            NoFiniteLossError: Too many steps in a row in which everyone abstained.
         """
         step = self.rule.step
         update = self.rule.advance(record)
@@ -199,9 +219,10 @@ class Session:
         if record.digest is not None:
             self.engine.check_limit()
         if self.rule.bad_steps >= self.options.max_bad_steps:
-            raise RuntimeError(
-                f"SPSA: no finite loss from any worker for {self.rule.bad_steps} steps (up to step {step}). Lower the"
-                " learning rate or `eps`, or look at the data."
+            began = f"; here it was lost {self._bad}" if self._bad else ""
+            raise NoFiniteLossError(
+                f"SPSA: no finite loss from any worker for {self.rule.bad_steps} steps (up to step {step}){began}."
+                f" {_ADVICE}"
             )
         return update
 

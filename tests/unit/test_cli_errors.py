@@ -68,8 +68,8 @@ WORDS = [
     # a wrong class path
     (["--model=Tinny"], "`model`: no class named 'Tinny' is known. Did you mean `Tiny`?"),
     (
-        ["--model=Absent"],  # no other test may have a class of this name
-        "`model`: no class named 'Absent' is known. Give its import path, e.g. my_file.Absent for a class in",
+        ["--model=Xyzzy"],  # like no class of another test
+        "`model`: no class named 'Xyzzy' is known. Give its import path, e.g. my_file.Xyzzy for a class in",
     ),
     (["--model=boom.Model"], "`model`: cannot import 'boom.Model': not today."),
     (["c.yaml"], "`c.yaml` is not an option. A config file comes after `-c`: -c c.yaml."),

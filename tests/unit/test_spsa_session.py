@@ -3,12 +3,13 @@
 import copy
 import math
 import os
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_grad.spsa import JournalError, SPSAConfigError, SPSAEngine, rademacher, replay
+from lightning_grad.spsa import JournalError, NoFiniteLossError, SPSAConfigError, SPSAEngine, rademacher, replay
 from tests.spsa_helpers import batches, flat, loss_of, make_session, run_alone, tiny_model
 
 
@@ -147,20 +148,77 @@ def test_exception_in_a_forward_restores_every_bit(fail_at):
     assert session.engine.state == {}
 
 
+def measure_losses(session, *losses):
+    """One micro-batch with these losses, at +eps and -eps by turns."""
+    values = iter(losses)
+    session.measure(0, lambda: torch.tensor(next(values)))
+
+
+@pytest.mark.filterwarnings("ignore:SPSA. the loss is not finite")
 def test_nan_abstains_and_too_many_stop_the_run():
     session = make_session(slots=2, max_bad_steps=3)
     before = flat(session.module).clone()
-    values = iter([math.nan, 1.0, 1.0, math.inf] + [math.nan] * 20)
-    session.measure(0, lambda: torch.tensor(next(values)))
-    session.measure(0, lambda: torch.tensor(next(values)))
+    measure_losses(session, math.nan, 1.0)
+    measure_losses(session, 1.0, math.inf)
     payload = session.payload()
     assert payload == b"\x7f\x7f"
     session.commit(session.record(payload, 0.1, (0,)))
     assert torch.equal(flat(session.module), before)
     session.commit(session.record(session.payload(), 0.1, (0,)))
-    session.measure(0, lambda: torch.tensor(next(values)))
+    measure_losses(session, math.nan, math.nan)
     record = session.record(session.payload(), 0.1, (0,))
-    with pytest.raises(RuntimeError, match="SPSA: no finite loss from any worker for 3 steps"):
+    with pytest.raises(
+        NoFiniteLossError, match=r"SPSA: no finite loss from any worker for 3 steps \(up to step 2\); here it"
+    ):
+        session.commit(record)
+
+
+@pytest.mark.parametrize(
+    ("losses", "side"),
+    [((math.nan, math.inf), "both sides"), ((1.0, math.nan), "one side"), ((math.inf, 1.0), "one side")],
+)
+def test_the_first_loss_that_is_not_finite_is_named_and_so_is_what_to_do(losses, side):
+    session = make_session(slots=2, max_bad_steps=2)
+    where = rf"not finite at step 1 along direction 7, on {side}; .* 2 steps in a row .* Lower the learning rate"
+    values = iter([1.0, 0.9, *losses, *losses])
+    session.measure(3, lambda: torch.tensor(next(values)))
+    session.commit(session.record(session.payload(), 0.1, (3,)))
+    session.pending = [0.5]  # the first slot of the step
+    with pytest.warns(UserWarning, match=where):
+        session.measure(3, lambda: torch.tensor(next(values)))
+    session.commit(session.record(session.payload(), 0.1, (3,)))
+    session.commit(session.record(b"\x7f\x7f", 0.1, (3,)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        session.measure(3, lambda: torch.tensor(next(values)))
+    record = session.record(session.payload(), 0.1, (3,))
+    with pytest.raises(
+        NoFiniteLossError, match=rf"up to step 3\); here it was lost at step 1 along .* 7, on {side}\. Lower"
+    ):
+        session.commit(record)
+
+
+def test_a_loss_that_is_finite_again_was_not_the_beginning():
+    session = make_session(max_bad_steps=1)
+    with pytest.warns(UserWarning, match="not finite at step 0"):
+        measure_losses(session, math.nan, 1.0)
+    session.pending = []
+    measure_losses(session, 0.9, 1.0)
+    session.commit(session.record(session.payload(), 0.1, (0,)))
+    measure_losses(session, math.nan, 1.0)
+    record = session.record(session.payload(), 0.1, (0,))
+    with pytest.raises(NoFiniteLossError, match="here it was lost at step 1 along"):
+        session.commit(record)
+
+
+def test_a_step_without_a_loss_abstains_in_silence():
+    session = make_session(max_bad_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.measure(0, lambda: None)
+    record = session.record(session.payload(), 0.1, (0,))
+    assert record.codes == b"\x7f"
+    with pytest.raises(NoFiniteLossError, match=r"\(up to step 0\)\. Lower"):
         session.commit(record)
 
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -16,7 +17,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_grad
 from lightning_grad import SharedSeedSPSAStrategy
-from lightning_grad.spsa import JournalError, ReplicaMismatchError, digest64, replay
+from lightning_grad.cli import main
+from lightning_grad.spsa import JournalError, NoFiniteLossError, ReplicaMismatchError, digest64, replay
 from lightning_grad.strategies import SPSAConfigError
 from tests.spsa_helpers import batches, make_session, run_alone
 from tests.spsa_lightning import Toy, digests, fit, trainer
@@ -483,28 +485,52 @@ def test_a_journal_to_continue_must_be_named():
         SharedSeedSPSAStrategy(resume_journal=True)
 
 
-def test_yaml_with_the_class_path_trains(tmp_path, monkeypatch):
-    from lightning_grad.cli import main
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Writes a config file of a run with this model, and gives its path."""
 
-    config = tmp_path / "c.yaml"
-    config.write_text(f"""
+    def write(model):
+        path = tmp_path / "c.yaml"
+        path.write_text(f"""
 seed_everything: 0
 trainer:
   accelerator: cpu
   devices: 1
-  max_steps: 3
+  max_steps: 9
   logger: false
   enable_progress_bar: false
   enable_checkpointing: false
   default_root_dir: {tmp_path}
   strategy:
     class_path: lightning_grad.SharedSeedSPSAStrategy
-    init_args: {{lr: 1.0e-2, eps: 0.0009765625, seed: 7, trainable: ["*.bias"], journal_path: {tmp_path}/run.spsa}}
-model: {{class_path: tests.spsa_lightning.Toy}}
+    init_args: {{lr: 1.0e-2, seed: 7, trainable: ["*.bias"], max_bad_steps: 2, journal_path: {tmp_path}/run.spsa}}
+model: {model}
 """)
+        return str(path)
+
     monkeypatch.chdir(tmp_path)
-    assert main(["fit", "-c", str(config)]) == 0
+    return write
+
+
+def test_yaml_with_the_class_path_trains(config, tmp_path):
+    assert main(["fit", "-c", config("{class_path: tests.spsa_lightning.Toy}"), "--trainer.max_steps=3"]) == 0
     assert len(lightning_grad.spsa.Journal.load(tmp_path / "run.spsa")) == 3
+
+
+def test_a_run_that_diverges_ends_with_one_line_and_status_1(config, capsys, monkeypatch):
+    path = config("{class_path: tests.spsa_lightning.Diverges, init_args: {batch: 4}}")
+    with pytest.warns(UserWarning, match="not finite at step 4"), pytest.raises(SystemExit) as end:
+        main(["fit", "-c", path])
+    assert end.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith(
+        "lightning-grad: error: SPSA: no finite loss from any worker for 2 steps (up to step 5); here it"
+    )
+    assert "at step 4 along direction 0" in line
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
+    Path("run.spsa").unlink()
+    with pytest.warns(UserWarning, match="not finite at step 4"), pytest.raises(NoFiniteLossError):
+        main(["fit", "-c", path])
 
 
 def test_helper_digests_differ_between_seeds():
