@@ -376,6 +376,10 @@ class BatchSizeController:
             return current
         return wanted
 
+    def forget(self) -> None:
+        """Start the averages anew: what they were of is no longer measured."""
+        self._averages, self._count = {}, 0
+
     def state_dict(self) -> dict[str, Any]:
         """Averages and their count."""
         return {"averages": dict(self._averages), "count": self._count}

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
@@ -17,7 +18,7 @@ from lightning_grad.callbacks._batch_checks import MAX_COPIES
 from lightning_grad.callbacks._batch_drivers import WatchDriver
 from lightning_grad.callbacks._step_loss import step_loss
 from lightning_grad.optim.group_edits import GroupEdits
-from lightning_grad.statistics.collector import Estimator, NoiseCollector
+from lightning_grad.statistics.collector import Estimator, NoiseCollector, NoSampleLossError
 from lightning_grad.statistics.ghost import UnsupportedLayerError, is_norm_layer
 from lightning_grad.statistics.gradient_noise import GradStats
 from lightning_grad.statistics.sample_grads import samples_in
@@ -61,7 +62,9 @@ class GradientProbe:
         self.loss: float | None = None
         """Mean loss of the present step on this process, once it is complete; None if nobody wants it."""
         self.on_no_ghost: Callable[[object], None] = lambda reason: None
-        self._use_ghost = True
+        self.on_other_parameters: Callable[[], None] = lambda: None
+        self._use_ghost = self._use_samples = True
+        self._measured: list[str] | None = None
         self._last_test: int | None = None
         self._with_loss = with_loss or "loss" in needs
         self._loss_sum: Tensor | None = None
@@ -71,15 +74,37 @@ class GradientProbe:
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"last_test": self._last_test, "use_ghost": self._use_ghost}
+        return {
+            "last_test": self._last_test,
+            "use_ghost": self._use_ghost,
+            "use_samples": self._use_samples,
+            "measured": self._measured,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self._last_test, self._use_ghost = state_dict["last_test"], state_dict["use_ghost"]
+        # not in checkpoints of 0.1.0
+        self._use_samples, self._measured = state_dict.get("use_samples", True), state_dict.get("measured")
 
     def attach(self, pl_module: pl.LightningModule) -> None:
         """Get ready to measure ``pl_module``."""
-        self._collector = NoiseCollector(pl_module, self._names(pl_module), self.needs, step_loss(pl_module))
+        names = self._names(pl_module)
+        if not names:
+            raise ValueError(f"`scope`={self.scope!r} matches no trainable parameter.")
+        self._collector = NoiseCollector(pl_module, names, self.needs, step_loss(pl_module))
+
+    def _follow(self, collector: NoiseCollector) -> bool:
+        """Measure what is trainable now, which other callbacks may change; returns whether there is anything."""
+        names = self._names(collector.module)
+        if not names:
+            return False
+        if names != list(collector.params):
+            collector.watch(names)
+        if self._measured not in (None, names):
+            self.on_other_parameters()
+        self._measured = names
+        return True
 
     def detach(self) -> None:
         """Take all hooks off."""
@@ -87,18 +112,14 @@ class GradientProbe:
             self._collector.remove()
             self._collector = None
 
-    def _names(self, pl_module: pl.LightningModule) -> list[str]:
-        names = [n for n, p in pl_module.named_parameters() if p.requires_grad]
+    def _names(self, module: nn.Module) -> list[str]:
+        names = [n for n, p in module.named_parameters() if p.requires_grad]
         if self.scope == "all":
             return names
         if self.scope == "norm_layers":
-            norms = {f"{n}.weight" for n, m in pl_module.named_modules() if is_norm_layer(m)}
-            chosen = [n for n in names if n in norms]
-        else:
-            chosen = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in self.scope)]
-        if not chosen:
-            raise ValueError(f"`scope`={self.scope!r} matches no trainable parameter.")
-        return chosen
+            norms = {f"{n}.weight" for n, m in module.named_modules() if is_norm_layer(m)}
+            return [n for n in names if n in norms]
+        return [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in self.scope)]
 
     @property
     def seconds(self) -> float:
@@ -117,6 +138,8 @@ class GradientProbe:
             return
         interval = AUTO_INTERVAL[estimator] if self.test_interval == "auto" else self.test_interval
         if self._last_test is not None and steps - self._last_test < interval:
+            return
+        if not self._follow(self._collector):
             return
         try:
             self._collector.begin(estimator)
@@ -145,6 +168,8 @@ class GradientProbe:
         except UnsupportedLayerError as error:
             self._collector.cancel()
             self._no_ghost(error)
+        except NoSampleLossError as error:
+            self._no_samples(error)
 
     def finish(self, trainer: pl.Trainer, driver: WatchDriver, optimizer: Optimizer, steps: int) -> GradStats | None:
         """Statistics of the step, when ``.grad`` is complete; None if this step is not tested."""
@@ -152,24 +177,54 @@ class GradientProbe:
             self.loss = float(self._loss_sum) / self._losses
         if self._collector is None or not self._collector.collecting:
             return None
-        self._last_test = steps
         lr = float(GroupEdits.in_step(optimizer, 0)["lr"])
-        return self._collector.finish(driver.world, lambda vector: _reduce(trainer, vector), loss=self.loss, lr=lr)
+        try:
+            stats = self._collector.finish(driver.world, lambda v: _reduce(trainer, v), loss=self.loss, lr=lr)
+        except NoSampleLossError as error:
+            self._no_samples(error)
+            return None
+        if stats is not None:
+            self._last_test = steps
+        return stats
 
     def _choose(self, driver: WatchDriver) -> Estimator | None:
         """The estimator of the step that begins; None if it has none."""
         groups = driver.world * driver.accumulate
+        inner = "inner" in self.needs
         if self.estimator == "micro_batch":
             return "micro_batch" if groups >= 2 else None
-        if self.estimator != "auto":
-            return self.estimator if self.estimator == "vmap" or self._use_ghost else None
+        if self.estimator == "vmap":
+            return "vmap"
+        if self.estimator == "ghost":
+            blind = inner and driver.accumulate > 1 and not self._use_samples
+            return "ghost" if self._use_ghost and not blind else None
         if groups >= 2:
-            copies = "inner" in self.needs and self.scope == "all" and driver.accumulate > MAX_COPIES
-            return "vmap" if copies else "micro_batch"
+            if inner and self.scope == "all" and driver.accumulate > MAX_COPIES:
+                return "vmap" if self._use_samples else None
+            return "micro_batch"
         assert self._collector is not None
         if self._use_ghost and any(isinstance(m, _BatchNorm) and m.training for m in self._collector.module.modules()):
             self._no_ghost("a BatchNorm in training mode leaves no gradient of a single sample")
         return "ghost" if self._use_ghost and "element" not in self.needs else None
+
+    def _no_samples(self, reason: object) -> None:
+        """The loss of this model cannot be had sample by sample."""
+        assert self._collector is not None
+        self._collector.cancel()
+        self._use_samples = False
+        name = type(self._collector.module).__name__
+        text = (
+            f"AdaptiveBatchSize(estimator={self.estimator!r}): {reason}. If {name}.training_step does more than compute"
+            f" a loss (update metrics, say), define {name}.curvature_loss(batch), which returns the loss and does"
+            " nothing else."
+        )
+        if self.estimator == "vmap":
+            raise MisconfigurationException(f"{text} Or use another estimator.")
+        rank_zero_warn(
+            f"{text} Without it no inner products are measured while accumulation is above"
+            f" {MAX_COPIES if self.estimator == 'auto' else 1}, and the batch stays as it is; `scope` with the names of"
+            " some parameters, a larger `max_micro_batch_size` or the criterion 'norm' avoid that."
+        )
 
     def _no_ghost(self, reason: object) -> None:
         """Per-sample norms cannot be told from this model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,8 +15,8 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
-from torchmetrics import Metric
 
+from lightning_grad.callbacks._step_loss import batch_loss, undisturbed
 from lightning_grad.callbacks.batch_size_lr_scaler import BatchSizeLRScaler
 from lightning_grad.nvfp4.linear import NVFP4Linear
 from lightning_grad.statistics.curvature import HessianOperator, Mode, adam_scale
@@ -34,72 +34,25 @@ def curvature_operator(
     mode: Mode = "auto",
     preconditioned: bool = False,
 ) -> Iterator[HessianOperator]:
-    """Yield the Hessian of the mean training loss on ``batches`` and processes; leaves no trace in the module.
+    """Yield the Hessian of the mean training loss on ``batches`` and processes.
 
-    The loss is ``pl_module.curvature_loss(batch)`` if there is such a method, else that of ``training_step(batch, 0)``;
-    the parameters are those that the optimizer has. With logging off and the metrics' states put back, without
-    autocast, in the module's present mode.
+    The loss is that of :func:`batch_loss`, the parameters are those that the optimizer has; without autocast, in the
+    module's present mode. The module is left as :func:`undisturbed` leaves it.
     """
     params = _params(trainer, pl_module)
     scale = adam_scale(trainer.optimizers[0], params) if preconditioned else None
     reduce = _mean_over_processes if _num_processes() > 1 else None
-    with (
-        recorders_paused(),
-        _quiet(pl_module),
-        HessianOperator(
-            _loss_function(pl_module, batches), params, mode, module=pl_module, reduce=reduce, scale=scale
-        ) as operator,
-    ):
-        yield operator
-
-
-def _loss_function(pl_module: pl.LightningModule, batches: Sequence[Any]) -> Callable[[], Tensor]:
-    own = getattr(pl_module, "curvature_loss", None)
-    # as Lightning decides it
-    index = (0,) if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2) else ()
+    of_batch = batch_loss(pl_module)
 
     def loss() -> Tensor:
-        return torch.stack([loss_of(batch) for batch in batches]).mean()
+        return torch.stack([of_batch(batch) for batch in batches]).mean()
 
-    def loss_of(batch: Any) -> Tensor:
-        output = own(batch) if own is not None else pl_module.training_step(batch, *index)
-        if output is None:  # Lightning skips such a batch
-            raise FloatingPointError("training_step returned no loss for this batch.")
-        value = output["loss"] if isinstance(output, dict) else output
-        if not isinstance(value, Tensor):
-            name = type(pl_module).__name__
-            raise MisconfigurationException(
-                f"{name}.training_step returned no loss, so it has no curvature. Define {name}.curvature_loss(batch)."
-            )
-        return value
-
-    return loss
-
-
-@contextmanager
-def _quiet(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Logging does nothing, and states of metrics are put back."""
-    metrics = [(m, {k: _copied(v) for k, v in vars(m).items()}) for m in pl_module.modules() if isinstance(m, Metric)]
-    names = ("log", "log_dict")
-    own = {name: vars(pl_module)[name] for name in names if name in vars(pl_module)}
-    for name in names:
-        object.__setattr__(pl_module, name, lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        for name in names:
-            object.__delattr__(pl_module, name)
-            if name in own:
-                object.__setattr__(pl_module, name, own[name])
-        for metric, saved in metrics:
-            vars(metric).clear()
-            vars(metric).update(saved)
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return type(value)(value) if type(value) in (list, dict) else value
+    with (
+        recorders_paused(),
+        undisturbed(pl_module),
+        HessianOperator(loss, params, mode, module=pl_module, reduce=reduce, scale=scale) as operator,
+    ):
+        yield operator
 
 
 def _num_processes() -> int:

@@ -154,6 +154,7 @@ class AdaptiveBatchSize(TensorBoardCharts):
             estimator, scope, self.criterion.needs, self.test_interval, self.warmup_steps, log_vs_samples
         )
         self.probe.on_no_ghost = self._no_ghost
+        self.probe.on_other_parameters = self.controller.forget
         self.samples_seen = self.tests = self.skipped_tests = 0
         self._steps = 0
         self._log = BatchLog(scope, log_vs_samples)

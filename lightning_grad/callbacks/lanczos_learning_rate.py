@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_grad._tensorboard import Charts, log_scalars
@@ -163,6 +164,7 @@ class LanczosLearningRate(OwnsLearningRate):
         self._skipped = 0
         self._warned = False
         self._fixed: list[Any] = []
+        self._asked: int | None = None  # the step whose turn was looked at last
         self._handle: Any = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,6 +176,7 @@ class LanczosLearningRate(OwnsLearningRate):
             "owed": self._owed,
             "skipped": self._skipped,
             "fixed": self._fixed,
+            "asked": self._asked,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -181,7 +184,7 @@ class LanczosLearningRate(OwnsLearningRate):
         self._lr, self._momentum = state_dict["lr"], state_dict["momentum"]
         self._measured = dict(state_dict["measured"])
         self._owed, self._skipped = state_dict["owed"], state_dict["skipped"]
-        self._fixed = list(state_dict["fixed"])
+        self._fixed, self._asked = list(state_dict["fixed"]), state_dict.get("asked")
 
     def tensorboard_charts(self, trainer: pl.Trainer) -> Charts:
         """Learning rate, ends of the spectrum."""
@@ -206,6 +209,10 @@ class LanczosLearningRate(OwnsLearningRate):
             else:
                 new["momentum"] = self._momentum
         return new
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget the steps of an earlier fit."""
+        self._asked = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, before the first batch."""
@@ -260,10 +267,13 @@ class LanczosLearningRate(OwnsLearningRate):
     ) -> None:
         """Measure if it is due."""
         if self.probe == "fixed" and len(self._fixed) < self.probe_batches:
+            _refuse_unloadable(batch)
             self._fixed.append(batch)
         if not first_of_window(trainer, batch_idx):
             return
-        self._owed |= self._is_due(trainer.global_step - self.warmup_steps)
+        if trainer.global_step != self._asked:  # with manual optimization several batches may come before the next step
+            self._asked = trainer.global_step
+            self._owed |= self._is_due(trainer.global_step - self.warmup_steps)
         ready = bool(trainer.optimizers[0].state) or not self.preconditioned  # Adam has no second moments at step 0
         if self.probe == "fixed":
             ready = ready and len(self._fixed) == self.probe_batches
@@ -370,3 +380,16 @@ class LanczosLearningRate(OwnsLearningRate):
         if self._pending and trainer.loggers:
             log_scalars(trainer, self._pending | {"curvature/lr_applied": learning_rate(optimizer)})
         self._pending = {}
+
+
+def _refuse_unloadable(batch: Any) -> None:
+    """Raise if a checkpoint with ``batch`` in it could be read only by unpickling what it likes."""
+    if type(batch) in (dict, list, tuple):
+        for item in batch.values() if isinstance(batch, dict) else batch:
+            _refuse_unloadable(item)
+    elif not isinstance(batch, Tensor | str | int | float | None):
+        raise MisconfigurationException(
+            "LanczosLearningRate(probe='fixed') keeps its batches in checkpoints, which hold tensors, numbers and"
+            f" strings in dicts, lists and tuples; this batch holds a {type(batch).__name__}. Let the loader's"
+            " `collate_fn` return a dict, or use probe='current'."
+        )

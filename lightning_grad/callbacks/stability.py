@@ -135,7 +135,9 @@ class StabilityMonitor(_StepHook):
         self._cosines: list[float] = []
         self._cosines_left = 0
         self._gradient: list[Tensor] = []
-        self._initial: list[Tensor] = []
+        self._initial: dict[str, Tensor] = {}
+        self._logs = False  # whether the first process has a logger: the others follow
+        self._asked: int | None = None  # the step whose turn was looked at last
         self._distances = LogSlope()
         self._skipped = 0
 
@@ -148,7 +150,8 @@ class StabilityMonitor(_StepHook):
             "cosines": list(self._cosines),
             "cosines_left": self._cosines_left,
             "gradient": [g.clone() for g in self._gradient],
-            "initial": list(self._initial),
+            "initial": dict(self._initial),
+            "asked": self._asked,
             "distances": list(self._distances.state),
             "skipped": self._skipped,
         }
@@ -159,7 +162,10 @@ class StabilityMonitor(_StepHook):
         self._sharpness = list(state_dict["sharpness"])
         self._sharpness_left = state_dict["sharpness_left"]
         self._cosines, self._cosines_left = list(state_dict["cosines"]), state_dict["cosines_left"]
-        self._gradient, self._initial = list(state_dict["gradient"]), list(state_dict["initial"])
+        self._gradient, initial = list(state_dict["gradient"]), state_dict["initial"]
+        # a list without names in checkpoints of 0.1.0: on_train_start gives it some
+        self._initial = dict(initial) if isinstance(initial, dict) else {str(i): w for i, w in enumerate(initial)}
+        self._asked = state_dict.get("asked")
         self._distances.state = list(state_dict["distances"])
         self._skipped = state_dict["skipped"]
 
@@ -175,6 +181,10 @@ class StabilityMonitor(_StepHook):
         weights = {"distance from the start": ["weights/distance_from_init"]}
         return {"stability": charts, **({"weights": weights} if self.distance_from_init else {})}
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget the steps of an earlier fit."""
+        self._asked = None
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, before the first batch."""
         check_supported("StabilityMonitor", trainer, pl_module)
@@ -189,27 +199,41 @@ class StabilityMonitor(_StepHook):
                 f"StabilityMonitor: no limit of the learning rate is known for {type(optimizer).__name__} as it is set"
                 " up here; curvature is logged without one."
             )
-        if not trainer.loggers:
+        self._logs = trainer.strategy.broadcast(bool(trainer.loggers))
+        if not self._logs:
             rank_zero_warn("StabilityMonitor measures nothing: the Trainer has no logger to write to. Give it one.")
-        weights = _weights(pl_module)
-        if not self.distance_from_init or not trainer.loggers:
-            self._initial = []
+        if not self.distance_from_init or not self._logs:
+            self._initial = {}
             return
-        if not self._initial:
-            self._initial = [w.clone() for w in weights]
-        self._initial = [old.to(new.device) for old, new in zip(self._initial, weights, strict=True)]
+        named = dict(pl_module.named_parameters())
+        if not self._initial.keys() <= named.keys():
+            trainable = [name for name, p in named.items() if p.requires_grad]
+            self._initial = dict(zip(trainable, self._initial.values(), strict=False))
+        self._initial = {name: old.to(named[name].device) for name, old in self._initial.items()}
+        self._remember_weights(pl_module)
+
+    def _remember_weights(self, pl_module: pl.LightningModule) -> None:
+        """Copy the weights that became trainable, which have not moved yet."""
+        for name, p in pl_module.named_parameters():
+            if p.requires_grad and name not in self._initial:
+                self._initial[name] = p.detach().clone()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measure if it is due."""
-        if not trainer.loggers:
+        if not self._logs:
             return
-        due = first_of_window(trainer, batch_idx) and trainer.global_step % self.every_n_steps == 0
+        if self.distance_from_init:
+            self._remember_weights(pl_module)
+        step = trainer.global_step
+        # with manual optimization several batches may come before the next step
+        due = first_of_window(trainer, batch_idx) and step != self._asked and step % self.every_n_steps == 0
+        self._asked = step
         if due:
             self._sharpness, self._sharpness_left = [], self.batch_sharpness_batches
             self._cosines, self._cosines_left, self._gradient = [], self.oscillation_steps, []
-            self._measure_distance(trainer.global_step, pl_module)
+            self._measure_distance(step, pl_module)
         if not due and not self._sharpness_left:
             return
         try:
@@ -223,7 +247,7 @@ class StabilityMonitor(_StepHook):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Detach, and say what a run too short for the interval has missed."""
         super().on_train_end(trainer, pl_module)
-        if trainer.loggers and 1 < trainer.global_step <= self.every_n_steps:
+        if self._logs and 1 < trainer.global_step <= self.every_n_steps:
             adam = is_adam(trainer.optimizers[0])
             rank_zero_info(
                 f"StabilityMonitor measured once in {trainer.global_step} steps, at step 0"
@@ -290,7 +314,8 @@ class StabilityMonitor(_StepHook):
     def _measure_distance(self, step: int, pl_module: pl.LightningModule) -> None:
         if not self._initial:
             return
-        gaps = torch._foreach_norm(torch._foreach_sub(_weights(pl_module), self._initial))
+        now = {name: p.detach() for name, p in pl_module.named_parameters() if name in self._initial}
+        gaps = torch._foreach_norm(torch._foreach_sub(list(now.values()), [self._initial[name] for name in now]))
         distance = math.hypot(*(float(gap) for gap in gaps))
         if not math.isfinite(distance):
             self._skip()
@@ -328,10 +353,6 @@ class StabilityMonitor(_StepHook):
                 self._pending[f"stability/lr_over_{name}_limit"] = lr / limit
         log_scalars(trainer, self._pending)
         self._pending.clear()
-
-
-def _weights(pl_module: pl.LightningModule) -> list[Tensor]:
-    return [p.detach() for p in pl_module.parameters() if p.requires_grad]
 
 
 def _is_plain(optimizer: Optimizer) -> bool:

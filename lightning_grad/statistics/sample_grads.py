@@ -8,7 +8,12 @@ passes.
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
@@ -28,7 +33,50 @@ _BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
 def batch_axis(batch: Any) -> int | None:
     """Length of the first axis of the first tensor in ``batch`` that has one."""
-    return next((len(t) for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.dim() > 0), None)
+    return next((len(t) for t in flatten_batch(batch)[0] if isinstance(t, Tensor) and t.dim() > 0), None)
+
+
+def flatten_batch(batch: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """Leaves of a batch, and a function that puts as many others in their places.
+
+    It looks into what torch's pytree knows, and into any other mapping or dataclass.
+    """
+    nodes, spec = tree_flatten(batch)
+    leaves: list[Any] = []
+    makes: list[tuple[int, Callable[[Sequence[Any]], Any]]] = []
+    for node in nodes:
+        items = _items(node)
+        if items is None:
+            leaves.append(node)
+            makes.append((1, itemgetter(0)))
+        else:
+            inner, join = flatten_batch(items)
+            leaves += inner
+            makes.append((len(inner), partial(_with_items, node, join)))
+
+    def rebuild(values: Sequence[Any]) -> Any:
+        rest = iter(values)
+        return tree_unflatten([make(list(islice(rest, count))) for count, make in makes], spec)
+
+    return leaves, rebuild
+
+
+def _items(node: Any) -> dict[Any, Any] | None:
+    if isinstance(node, Mapping):
+        return dict(node)
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    return None
+
+
+def _with_items(node: Any, join: Callable[[Sequence[Any]], dict[Any, Any]], values: Sequence[Any]) -> Any:
+    new = copy.copy(node)
+    for key, value in join(values).items():
+        if isinstance(new, Mapping):
+            new[key] = value  # type: ignore[index]
+        else:
+            object.__setattr__(new, key, value)  # a frozen dataclass too
+    return new
 
 
 def samples_in(batch: Any) -> int:
@@ -69,19 +117,23 @@ def _math_attention() -> Iterator[None]:
         yield
 
 
-def _split(batch: Any, samples: int, chunk: int) -> Iterator[tuple[list[Any], list[int | None], Any]]:
+def _split(
+    batch: Any, samples: int, chunk: int
+) -> Iterator[tuple[list[Any], list[int | None], Callable[[Sequence[Any]], Any]]]:
     """Leaves of ``batch`` cut into chunks of samples, with the axis to map over (None: the same for all samples)."""
-    leaves, spec = tree_flatten(batch)
+    leaves, rebuild = flatten_batch(batch)
     axes = [0 if isinstance(t, Tensor) and t.dim() > 0 and len(t) == samples else None for t in leaves]
     for i in range(0, samples, chunk):
-        yield [t[i : i + chunk] if axis == 0 else t for t, axis in zip(leaves, axes, strict=True)], axes, spec
+        yield [t[i : i + chunk] if axis == 0 else t for t, axis in zip(leaves, axes, strict=True)], axes, rebuild
 
 
-def _single(loss: SampleLoss, axes: Sequence[int | None], spec: Any) -> Callable[..., Tensor]:
+def _single(
+    loss: SampleLoss, axes: Sequence[int | None], rebuild: Callable[[Sequence[Any]], Any]
+) -> Callable[..., Tensor]:
     def of_one(params: dict[str, Tensor], *leaves: Any) -> Tensor:
         # the loss function always sees a batch axis: here a batch of one
         ones = [t.unsqueeze(0) if axis == 0 else t for t, axis in zip(leaves, axes, strict=True)]
-        return loss(params, tree_unflatten(ones, spec))
+        return loss(params, rebuild(ones))
 
     return of_one
 
@@ -111,9 +163,9 @@ def per_sample_grads(
     if chunk_size is None:
         floats = sum(p.numel() for p in values.values())
         chunk_size = max(1, min(samples, int(memory_mb * 2**20 / (4 * max(1, floats)))))
-    for leaves, axes, spec in _split(batch, samples, chunk_size):
+    for leaves, axes, rebuild in _split(batch, samples, chunk_size):
         with _math_attention():
-            one = grad(_single(loss, axes, spec))
+            one = grad(_single(loss, axes, rebuild))
             yield vmap(one, in_dims=(None, *axes), randomness="different")(values, *leaves)
 
 
@@ -122,13 +174,13 @@ def per_sample_directional(
 ) -> Tensor:
     """Inner product of each sample's gradient with ``direction``, by one forward-mode derivative of the losses."""
     samples = samples_in(batch)
-    leaves, axes, spec = next(_split(batch, samples, samples))
+    leaves, axes, rebuild = next(_split(batch, samples, samples))
     values = {name: p.detach() for name, p in params.items() if name in direction}
     rest = {name: p.detach() for name, p in params.items() if name not in direction}
     tangents = {name: direction[name].detach().to(value.dtype) for name, value in values.items()}
 
     def losses(moving: dict[str, Tensor]) -> Tensor:
-        of_one = _single(loss, axes, spec)
+        of_one = _single(loss, axes, rebuild)
         mapped = vmap(lambda *one: of_one({**rest, **moving}, *one), in_dims=tuple(axes), randomness="different")
         out: Tensor = mapped(*leaves)
         return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from collections import UserDict
 
 import lightning.pytorch as pl
 import numpy as np
@@ -283,6 +284,24 @@ def test_warmup_and_the_fixed_probe_wait():
     _, memory = run([callback], steps=6)
     assert [step for step, _ in memory.of("curvature/lambda_max")] == [2, 4]
     assert len(callback.state_dict()["fixed"]) == 3
+
+
+def test_a_fixed_probe_that_a_checkpoint_cannot_hold_is_refused():
+    class Encoding(UserDict):
+        def to(self, device):
+            return self
+
+    rows = DataLoader(TensorDataset(torch.zeros(8, 1)), 2, collate_fn=lambda rows: [Encoding(x=torch.stack(rows[0]))])
+    settings = {"max_steps": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    for probe, refused in (("current", False), ("fixed", True)):
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=1, callbacks=[LanczosLearningRate(k=4, probe=probe)], **settings
+        )
+        if refused:
+            with pytest.raises(MisconfigurationException, match=r"holds a Encoding.*`collate_fn`"):
+                trainer.fit(Quadratic(), rows)
+        else:
+            trainer.fit(Quadratic(), rows)
 
 
 def test_early_measurements_double_their_distance():

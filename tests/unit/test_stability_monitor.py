@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -276,6 +278,114 @@ def test_distance_from_the_initial_weights():
     slopes = memory.of("weights/distance_per_log_step")
     assert [step for step, _ in slopes] == [4, 6, 8]  # two steps make a line; step 0 has no logarithm
     assert slopes[-1][1] == pytest.approx(np.polyfit(np.log(steps), distances, 1)[0])
+
+
+class Unfreeze(BaseFinetuning):
+    """The first layer joins after the first epoch."""
+
+    def __init__(self, lr=1.0):
+        super().__init__()
+        self.lr = lr
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=self.lr)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_distance_of_weights_that_join_later(first):
+    model = Net(optimizer=lambda p: torch.optim.SGD([q for q in p if q.requires_grad], lr=0.05))
+    start = [p.detach().clone() for p in model.parameters()]
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            gaps = [(p.detach() - q).norm() for p, q in zip(pl_module.parameters(), start, strict=True)]
+            seen.append(float(torch.stack(gaps).norm()))
+
+    monitor = StabilityMonitor(every_n_steps=4, k=2, num_probes=1, distance_from_init=True)
+    others = [Unfreeze(), monitor] if first else [monitor, Unfreeze()]
+    _, memory = fit([*others, Look()], model, steps=12)
+    found = memory.of("weights/distance_from_init")
+    assert [step for step, _ in found] == [0, 4, 8]
+    assert [value for _, value in found] == pytest.approx(seen[::4], rel=1e-5)
+    assert len(monitor.state_dict()["initial"]) == len(start)
+
+
+def test_initial_weights_of_an_old_checkpoint_have_no_names():
+    old = StabilityMonitor(every_n_steps=2, k=2, distance_from_init=True)
+    start = torch.tensor([3.0, 4.0, 5.0])
+    old.load_state_dict(old.state_dict() | {"initial": [start]})
+    model = Valley(0.1)
+    fit([old], model, steps=1)
+    assert torch.equal(old.state_dict()["initial"]["w"], start.to(model.w.dtype))
+
+
+class Follower(SingleDeviceStrategy):
+    """A process that hears from the first one what that has."""
+
+    def __init__(self, logs):
+        super().__init__("cpu")
+        self.logs = logs
+
+    def broadcast(self, obj, src=0):
+        return self.logs if isinstance(obj, bool) else obj
+
+
+@pytest.mark.parametrize("logs", [True, False])
+def test_all_processes_measure_if_the_first_one_has_a_logger(logs):
+    """Measuring is done together: a process that stays out makes the others wait for ever."""
+    model, calls = Net(), []
+    model.curvature_loss = lambda batch: (calls.append(1), F.cross_entropy(model.net(batch[0]), batch[1]))[1]
+    monitor = StabilityMonitor(every_n_steps=1, k=2, num_probes=1, batch_sharpness_batches=1, distance_from_init=True)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_steps=2, callbacks=[monitor], logger=False if logs else Memory(),
+        strategy=Follower(logs), enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, loader())
+    assert bool(calls) is logs
+
+
+class Manual(Net):
+    """Steps every fourth batch, by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def curvature_loss(self, batch):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.curvature_loss(batch))
+        if batch_idx % 4 == 3:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+@pytest.mark.parametrize("make", [StabilityMonitor, partial(LanczosLearningRate, early=False)])
+def test_manual_accumulation_is_measured_once_a_step(make, tmp_path):
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.fit_loop.total_batch_idx == 9:  # within the third step
+                trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    def measured_at(ckpt_path=None):
+        callback, steps = make(every_n_steps=2, k=2, num_probes=1), []
+        measure = callback._measure
+        callback._measure = lambda trainer, *args: (steps.append(trainer.global_step), measure(trainer, *args))
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=1, max_epochs=2, callbacks=[callback, Save()], logger=Memory(),
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(Manual(), loader(4), ckpt_path=ckpt_path)
+        return steps
+
+    assert measured_at() == [0, 2, 4]
+    assert measured_at(tmp_path / "within.ckpt") == [4]
 
 
 def test_what_is_logged_survives_a_resume_at_every_step(tmp_path):
