@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from lightning_grad._lightning import set_epoch_length, wrap_train_dataloader
 from lightning_grad._validate import check_choice, check_int
 from lightning_grad.allocation.batch_size import BatchPlan
+from lightning_grad.callbacks._processes import sum_over_processes
 from lightning_grad.data.adaptive import AdaptiveDataLoader
-from lightning_grad.data.batch_course import MicroBatch, check_power_of_two
+from lightning_grad.data.batch_course import MicroBatch, bounds, check_power_of_two
 from lightning_grad.statistics.sample_grads import samples_in
 
 
@@ -26,15 +27,29 @@ class WatchDriver:
     def __init__(self, trainer: pl.Trainer) -> None:
         self.world = trainer.world_size
         self.micro = 0
+        """Samples per micro-batch and process: the loader's batch size, or the mean of its batches; 0 if unknown."""
         self.accumulate = trainer.accumulate_grad_batches
         self.parts = 0
-        self.step_samples = 0
+        self.expected = 0
+        """Samples that the present step will have on all processes, as far as its first micro-batch tells."""
         self.population: int | None = None  # samples in the data set, if known
+        self._stated = 0  # batch size of the loader, if it has one
+        self._sizes = (0, 0)  # samples and number of the micro-batches that began a step, on all processes
+        self._samples = 0  # of the present step, on this process
 
     @property
     def plan(self) -> BatchPlan:
         """The plan of the present step."""
         return BatchPlan(max(1, self.micro), self.accumulate, self.world)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the present step that the learning rate is to follow."""
+        return self.expected
+
+    def continue_from(self, other: Any) -> None:
+        """Go on where the driver of an earlier fit of the same Trainer stopped."""
+        self.load_state_dict(other.state_dict())
 
     def attach(self, trainer: pl.Trainer) -> None:
         """Before the loader exists."""
@@ -42,31 +57,41 @@ class WatchDriver:
     def start(self, trainer: pl.Trainer) -> None:
         """The loader exists, nothing is trained yet."""
         loader: Any = trainer.train_dataloader
-        if isinstance(getattr(loader, "batch_size", None), int):
-            self.micro = loader.batch_size
+        size = getattr(loader, "batch_size", None)
+        stated = size if isinstance(size, int) else 0
+        if stated != self._stated:
+            self._stated, self._sizes = stated, (0, 0)
+        self._judge()
         try:
             self.population = len(loader.dataset)
         except (AttributeError, TypeError):
             self.population = None
 
+    def _judge(self) -> None:
+        samples, number = self._sizes
+        self.micro = max(self._stated, -(-samples // max(1, number)))  # a collate_fn may make more of them
+
     def start_epoch(self, trainer: pl.Trainer) -> None:
         """A new epoch begins."""
+        self.parts = self._samples = 0
 
     def start_batch(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> bool:
         """A micro-batch begins; returns whether it is the first of an optimizer step."""
         self.accumulate = trainer.accumulate_grad_batches
-        part = batch_idx % self.accumulate
-        if part == 0:
-            self.parts, self.step_samples = 0, 0
         samples = samples_in(batch)
-        self.micro = max(self.micro, samples)
         self.parts += 1
-        self.step_samples += samples * self.world
-        return part == 0
+        self._samples += samples
+        if batch_idx % self.accumulate:
+            return False
+        everyones = sum_over_processes(trainer, samples)
+        self._sizes = (self._sizes[0] + everyones, self._sizes[1] + self.world)
+        self._judge()
+        self.expected = everyones * self.accumulate
+        return True
 
-    def expected_seen(self, samples: int) -> int:
-        """Samples seen once the present step is done."""
-        return samples + self.plan.batch_size
+    def samples_of_step(self, trainer: pl.Trainer) -> int:
+        """Samples of the step that was made, on all processes."""
+        return self.expected if self.accumulate == 1 else sum_over_processes(trainer, self._samples)
 
     @property
     def gradient_correction(self) -> float:
@@ -82,13 +107,17 @@ class WatchDriver:
 
     def end_batch(self, trainer: pl.Trainer, batch_idx: int, stepped: bool) -> None:
         """A micro-batch is done."""
+        if (batch_idx + 1) % self.accumulate == 0:
+            self.parts = self._samples = 0
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {}
+        return {"batch_size": self._stated, "sizes": list(self._sizes)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
+        samples, number = state_dict.get("sizes", (0, 0))
+        self._stated, self._sizes = state_dict.get("batch_size", 0), (samples, number)
 
     def detach(self, trainer: pl.Trainer) -> None:
         """Undo what :meth:`attach` did."""
@@ -112,6 +141,11 @@ class PlanSettings:
                     " processes, and would never be reached; lower it or raise `max_batch_size`."
                 )
         check_power_of_two("min_accumulate", min_accumulate)
+        if min_accumulate > max_batch:
+            raise ValueError(
+                f"`min_accumulate`={min_accumulate} micro-batches hold more samples than `max_batch_size`={max_batch};"
+                " lower it or raise `max_batch_size`."
+            )
         check_int("round_to", round_to, 1)
         check_choice("quantize", quantize, ("none", "pow2"))
         self.max_batch, self.max_micro = max_batch, max_micro
@@ -152,9 +186,11 @@ class AccumulateDriver(WatchDriver):
         self._wanted = None if plan.accumulate == self.accumulate else plan.accumulate
 
     def start_epoch(self, trainer: pl.Trainer) -> None:
+        super().start_epoch(trainer)
         self._adopt(trainer)
 
     def end_batch(self, trainer: pl.Trainer, batch_idx: int, stepped: bool) -> None:
+        super().end_batch(trainer, batch_idx, stepped)
         if stepped and self._wanted is not None and (batch_idx + 1) % self._wanted == 0:
             self._adopt(trainer)
 
@@ -164,11 +200,11 @@ class AccumulateDriver(WatchDriver):
             self._wanted = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"accumulate": self.accumulate, "wanted": self._wanted, "micro": self.micro}
+        return {**super().state_dict(), "accumulate": self.accumulate, "wanted": self._wanted}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         self._resumed, self._wanted = state_dict["accumulate"], state_dict["wanted"]
-        self.micro = state_dict["micro"]
 
     def detach(self, trainer: pl.Trainer) -> None:
         trainer.accumulate_grad_batches = self._initial
@@ -184,11 +220,19 @@ class SamplerDriver(WatchDriver):
         self._initial = check_power_of_two("accumulate_grad_batches", trainer.accumulate_grad_batches)
         self.settings, self.seed = settings, seed
         self.loader: AdaptiveDataLoader[Any] | None = None
+        self._earlier: AdaptiveDataLoader[Any] | None = None
         self._undo: Callable[[], None] | None = None
         self._state: dict[str, Any] | None = None
         self._consumed: MicroBatch | None = None
         self.on_loader: Callable[[BatchPlan], None] = lambda plan: None
         self.on_refused: Callable[[TypeError], None] | None = None
+
+    @property
+    def batch_size(self) -> int:
+        return self.plan.batch_size
+
+    def continue_from(self, other: Any) -> None:
+        self._earlier = other.loader
 
     def attach(self, trainer: pl.Trainer) -> None:
         self._undo = wrap_train_dataloader(trainer, self._convert)
@@ -221,6 +265,8 @@ class SamplerDriver(WatchDriver):
         self.loader = adaptive
         sampler = adaptive.adaptive
         if first:
+            if self._earlier is not None:
+                sampler.continue_from(self._earlier.adaptive)
             self.on_loader(BatchPlan(sampler.batch_size, sampler.accumulate, self.world))
             plan = self._first_plan(sampler.batch_size, sampler.accumulate)
             if plan is not None:
@@ -251,6 +297,7 @@ class SamplerDriver(WatchDriver):
 
     def start_epoch(self, trainer: pl.Trainer) -> None:
         assert self.loader is not None
+        self.parts = 0
         self.loader.adaptive.release_length()
         self.sync_length(trainer)
 
@@ -271,15 +318,15 @@ class SamplerDriver(WatchDriver):
             )
         trainer.accumulate_grad_batches = self.accumulate = where.accumulate
         self.micro = where.micro
-        if where.part == 0:
-            self.parts = 0
         self.parts += 1
-        self.step_samples = where.step_size
+        left = int(trainer.num_training_batches) - (batch_idx - where.part)
+        self.expected = _samples_in(where, min(where.accumulate, left), self.world)
         return where.part == 0
 
-    def expected_seen(self, samples: int) -> int:
+    def samples_of_step(self, trainer: pl.Trainer) -> int:
         assert self.loader is not None
-        return samples + self.loader.current.step_size
+        where = self.loader.current
+        return _samples_in(where, where.part + 1, self.world)
 
     def plan_for(self, target: int, settings: PlanSettings) -> BatchPlan:
         return settings.plan(target, self.world, self.population)
@@ -290,7 +337,9 @@ class SamplerDriver(WatchDriver):
 
     def end_batch(self, trainer: pl.Trainer, batch_idx: int, stepped: bool) -> None:
         assert self.loader is not None
-        self._consumed = self.loader.current
+        self._consumed = where = self.loader.current
+        if where.part + 1 == where.accumulate:
+            self.parts = 0
         self.sync_length(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -308,6 +357,11 @@ class SamplerDriver(WatchDriver):
         if self._undo is not None:
             self._undo()
             self._undo = None
+
+
+def _samples_in(step: MicroBatch, parts: int, world: int) -> int:
+    """Samples in the first ``parts`` micro-batches of a step, on all processes; a limit may leave out the others."""
+    return bounds(parts * world, step.accumulate * world, step.step_size)[0]
 
 
 def set_validation(trainer: pl.Trainer, batches: int, where: MicroBatch, population: int) -> None:

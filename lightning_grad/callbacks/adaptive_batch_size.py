@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -42,6 +41,12 @@ _PAPER: dict[str, Any] = {
     "min_change": 1.0,
     "denominator": "biased",
     "allow_decrease": False,
+}
+
+_MODES: dict[type[WatchDriver], str] = {
+    SamplerDriver: "sampler",
+    AccumulateDriver: "accumulate",
+    WatchDriver: "monitor",
 }
 
 
@@ -162,8 +167,9 @@ class AdaptiveBatchSize(TensorBoardCharts):
         self._next_plan: BatchPlan | None = None
         self._stepped = False
         self._driver: WatchDriver | None = None
-        self._attached = False
+        self._attached = self._used = self._met = False
         self._pending: dict[str, Any] | None = None
+        self._fresh = self.state_dict()
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────
     @property
@@ -201,7 +207,7 @@ class AdaptiveBatchSize(TensorBoardCharts):
             self.controller.min_batch_size = state_dict["min_batch"]
         if self.lr_scaler is not None and state_dict["lr_scaler"] is not None:
             self.lr_scaler.load_state_dict(state_dict["lr_scaler"])
-        self._pending = state_dict
+        self._pending, self._used = state_dict, False
         if self._driver is not None and state_dict["mode"] == self._mode_now():
             self._driver.load_state_dict(state_dict["driver"])
         elif self._driver is not None and self.mode != "auto":
@@ -211,32 +217,47 @@ class AdaptiveBatchSize(TensorBoardCharts):
             )
 
     def _mode_now(self) -> str:
-        names = {SamplerDriver: "sampler", AccumulateDriver: "accumulate", WatchDriver: "monitor"}
-        return self.mode if self._driver is None else names[type(self._driver)]
+        return self.mode if self._driver is None else _MODES[type(self._driver)]
 
     # ── set-up ───────────────────────────────────────────────────────────────────────────────────────────────────
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        earlier, self._driver = self._driver, None
+        if self._used and trainer.global_step == 0:
+            self._reset()
         refuse_twin(trainer)
         refuse(trainer, pl_module, self.mode, self.lr_scaler)
         mode = possible_mode(trainer, self.mode)
         if needs_two(mode, trainer, self.estimator, self.criterion.needs, self.plans):
             self._split()
         refuse_copies(mode, trainer, self.estimator, self.criterion.needs, self.scope, self.plans)
-        self._attached = True
+        self._attached, self._met = True, False
+        driver = self._driver = self._new_driver(trainer, mode)
+        if trainer.global_step > 0 and earlier is not None:  # the Trainer goes on with its run, and so does the plan
+            if type(earlier) is type(driver):
+                driver.continue_from(earlier)
+            self._pending = {"mode": _MODES[type(earlier)], "driver": earlier.state_dict()}
+        driver.attach(trainer)  # converts a loader given to fit() at once, and may fall back at once
+
+    def _new_driver(self, trainer: pl.Trainer, mode: str) -> WatchDriver:
         if mode == "monitor":
-            self._driver = WatchDriver(trainer)
-        elif mode == "accumulate":
-            self._driver = AccumulateDriver(trainer)
-        else:
-            driver = SamplerDriver(trainer, self.plans, self.seed)
-            driver.on_loader = self._first_plan
-            if mode == "auto":
-                driver.on_refused = lambda error: self._fall_back(trainer, error)
-            self._driver = driver
-            driver.attach(trainer)  # converts a loader given to fit() at once, and may fall back at once
+            return WatchDriver(trainer)
+        if mode == "accumulate":
+            return AccumulateDriver(trainer)
+        driver = SamplerDriver(trainer, self.plans, self.seed)
+        driver.on_loader = self._first_plan
+        if mode == "auto":
+            driver.on_refused = lambda error: self._fall_back(trainer, error)
+        return driver
+
+    def _reset(self) -> None:
+        """Forget an earlier run: this is another one, and what was learnt there is not true of it."""
+        self.load_state_dict(self._fresh)
+        self.plans.max_micro = self._fresh["max_micro"]
+        self._pending = self._decision = self._next_plan = None
+        self._log = BatchLog(self.scope, self.log_vs_samples)
 
     def _fall_back(self, trainer: pl.Trainer, error: TypeError) -> None:
         """The loader's batch cannot change: change accumulation only."""
@@ -253,11 +274,18 @@ class AdaptiveBatchSize(TensorBoardCharts):
 
     def _first_plan(self, plan: BatchPlan) -> None:
         """The batch size the user gave is the first plan, and fills in what was left open."""
+        self._met = True
         first = plan.batch_size
         if self.mode != "monitor" and self.controller.max_batch_size < first:
             raise ValueError(
                 f"`max_batch_size` ({self.controller.max_batch_size}) is below the batch that the run starts with:"
                 f" {first} = {plan.world} processes * {plan.accumulate} accumulated * {plan.micro} of the loader."
+                " Raise it, or lower one of those."
+            )
+        if self.mode != "monitor" and self.controller.max_batch_size < plan.world * self.plans.min_accumulate:
+            raise ValueError(
+                f"`max_batch_size` ({self.controller.max_batch_size}) is less than one sample for each of"
+                f" {self.plans.min_accumulate} micro-batches (`min_accumulate`) on {plan.world} processes."
                 " Raise it, or lower one of those."
             )
         if self.plans.max_micro is None:
@@ -281,17 +309,16 @@ class AdaptiveBatchSize(TensorBoardCharts):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         driver = self._active
         driver.start(trainer)
-        if not driver.changes_loader:
-            if driver.micro == 0 and self.mode != "monitor":
-                raise MisconfigurationException(
-                    "AdaptiveBatchSize(mode='accumulate') needs the `batch_size` of the loader, to know the first B."
-                )
-            self._first_plan(driver.plan)
-            if driver.accumulate < self.plans.min_accumulate:
-                driver.request(BatchPlan(driver.micro, self.plans.min_accumulate, driver.world))
+        if driver.micro:
+            self._meet(driver)
         resolve_schedules(trainer, driver.population)
-        self._stepped = False
-        self._pending = None
+        self._stepped, self._used = False, True
+
+    def _meet(self, driver: WatchDriver) -> None:
+        """The batch size of a loader that keeps it is known: at the start, or from its first batch."""
+        self._first_plan(driver.plan)
+        if driver.accumulate < self.plans.min_accumulate:
+            driver.request(BatchPlan(driver.micro, self.plans.min_accumulate, driver.world))
 
     @property
     def _active(self) -> WatchDriver:
@@ -309,10 +336,12 @@ class AdaptiveBatchSize(TensorBoardCharts):
     ) -> None:
         driver = self._active
         if driver.start_batch(trainer, batch, batch_idx):
+            if not self._met:
+                self._meet(driver)
             for schedule in sample_schedules(trainer):
-                schedule.set_progress(driver.expected_seen(self.samples_seen))
+                schedule.set_progress(self.samples_seen + driver.expected)
             if self.lr_scaler is not None:
-                self.lr_scaler.set_batch_size(driver.plan.batch_size)
+                self.lr_scaler.set_batch_size(driver.batch_size)
             self.probe.begin_step(driver, self._steps)
         self.probe.before_forward(batch)
 
@@ -352,18 +381,25 @@ class AdaptiveBatchSize(TensorBoardCharts):
         self._decision = self.controller.decide(stats, plan.batch_size, driver.population)
         if self._decision is None:
             self.skipped_tests += 1
+        else:
+            self.tests += 1
+            if self.lr_scaler is not None:
+                self.lr_scaler.observe_noise_scale(self._decision.stats.noise_scale)
+        if self._mode_now() == "monitor":
             return
-        self.tests += 1
-        if self.lr_scaler is not None:
-            self.lr_scaler.observe_noise_scale(self._decision.stats.noise_scale)
-        if self._mode_now() != "monitor" and self._decision.batch_size != plan.batch_size:
-            self._propose(driver, plan, self._decision.batch_size)
+        new = None if self._decision is None else self._proposal(driver, plan, self._decision.batch_size)
+        if trainer.world_size > 1:  # a last bit that differs would part the processes for ever
+            new = trainer.strategy.broadcast(new)
+        if new is not None:
+            self._next_plan = new
 
-    def _propose(self, driver: WatchDriver, plan: BatchPlan, batch_size: int) -> None:
+    def _proposal(self, driver: WatchDriver, plan: BatchPlan, batch_size: int) -> BatchPlan | None:
+        """Another plan that comes close to ``batch_size``, if it is allowed."""
+        if batch_size == plan.batch_size:
+            return None
         new = driver.plan_for(batch_size, self.plans)
         smaller = new.batch_size < plan.batch_size
-        if new != plan and not (smaller and not self.controller.allow_decrease):
-            self._next_plan = new
+        return None if new == plan or (smaller and not self.controller.allow_decrease) else new
 
     @override
     def on_train_batch_end(
@@ -374,7 +410,7 @@ class AdaptiveBatchSize(TensorBoardCharts):
         changed = False
         if stepped:
             self._steps += 1
-            self.samples_seen += driver.step_samples
+            self.samples_seen += driver.samples_of_step(trainer)
             if self._next_plan is not None:
                 driver.request(self._next_plan)
                 self._next_plan, changed = None, True

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_grad._validate import check_choice, check_int, check_range
 from lightning_grad.allocation.batch_lr import NEEDS_CRITICAL_BATCH, RULES, Rule, lr_factor
+from lightning_grad.callbacks._processes import sum_over_processes
 from lightning_grad.optim.group_edits import GroupEdits
 from lightning_grad.statistics.sample_grads import samples_in
 
@@ -82,8 +83,8 @@ class BatchSizeLRScaler(pl.Callback):
         self._target = 1.0
         self._ramp = 1.0
         self._remove: list[Callable[[], None]] = []
-        self._driven = False
-        self._warned = False
+        self._warned = self._used = False
+        self._fresh = self.state_dict()
 
     @property
     @override
@@ -106,6 +107,7 @@ class BatchSizeLRScaler(pl.Callback):
         self.reference_batch_size = state_dict["reference_batch_size"]
         self._batch_size = state_dict["batch_size"]
         self._factor, self._target, self._ramp = state_dict["factor"], state_dict["target"], state_dict["ramp"]
+        self._used = False
         if isinstance(self.critical_batch, str):
             self.critical_batch_size = state_dict["critical_batch_size"]
 
@@ -190,8 +192,14 @@ class BatchSizeLRScaler(pl.Callback):
         pl_module.log_dict(values, batch_size=1)
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and self._used and trainer.global_step == 0:  # another run
+            self.load_state_dict(self._fresh)
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.attach(trainer)
+        self._used = True
 
     @override
     def on_train_batch_start(
@@ -199,7 +207,7 @@ class BatchSizeLRScaler(pl.Callback):
     ) -> None:
         k = trainer.accumulate_grad_batches
         if batch_idx % k == 0:
-            self.set_batch_size(samples_in(batch) * k * trainer.world_size)
+            self.set_batch_size(sum_over_processes(trainer, samples_in(batch)) * k)
             self.log_to(pl_module, trainer)
 
     @override

@@ -12,14 +12,30 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+def launch(script: str, path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_batches_of_other_sizes_on_each_process(tmp_path):
+    """Plan, learning rate and samples seen are those of all processes, and the replicas stay equal."""
+    launch("uneven_ddp.py", tmp_path / "result.json")
+    result = json.loads((tmp_path / "result.json").read_text())
+    for which, found in result.items():
+        first, second = found["processes"]
+        assert first == second, which
+        assert first["counted"] in (None, found["samples"])
+    for which in ("alone", "monitor"):
+        assert result[which]["processes"][0]["factors"] == 8 * [1.0, 13 / 8]
+    assert max(result["accumulate"]["processes"][0]["accumulate"]) > 1
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    script = Path(__file__).with_name("adaptive_ddp.py")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=env, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("adaptive_ddp.py", tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     sampler, accumulate, dice = result["sampler"], result["accumulate"], result["dice"]
     for mode in (sampler, dice):

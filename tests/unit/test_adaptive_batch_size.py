@@ -27,6 +27,7 @@ from lightning_grad import (
 from lightning_grad.allocation.batch_size import (
     CABS,
     AugmentedInnerProductTest,
+    BatchPlan,
     CoordinateNormTest,
     Criterion,
     InnerProductTest,
@@ -257,6 +258,109 @@ def test_a_loader_in_an_unknown_order_is_accumulated():
     with pytest.warns(UserWarning, match="in_order=False"):
         run.fit(model, DataLoader(TensorDataset(model.data), 4, in_order=False))
     assert [len(window) for window, _ in model.steps] == [1, 1, 2, 2, 2]
+
+
+class Chunks:
+    """A batch sampler of one's own."""
+
+    def __init__(self, *sizes):
+        self.sizes = sizes
+
+    def __iter__(self):
+        ends = list(itertools.accumulate(self.sizes))
+        return iter([list(range(end - size, end)) for end, size in zip(ends, self.sizes, strict=True)])
+
+    def __len__(self):
+        return len(self.sizes)
+
+
+class Batches(IterableDataset):
+    """Makes its own batches."""
+
+    def __iter__(self):
+        return iter([(torch.arange(4.0 * i, 4.0 * i + 4)[:, None],) for i in range(8)])
+
+
+@pytest.mark.parametrize("mode", ["auto", "accumulate"])
+@pytest.mark.parametrize("own", ["batch_sampler", "batches"])
+def test_a_loader_without_a_batch_size_is_accumulated(mode, own):
+    data = TensorDataset(torch.arange(32.0)[:, None])
+    loader = DataLoader(data, batch_sampler=Chunks(*8 * [4])) if own == "batch_sampler" else DataLoader(Batches(), None)
+    model, callback = Mean(loader=loader), scripted(16, mode=mode)
+    trainer(callback, max_epochs=1).fit(model)
+    assert [len(window) for window, _ in model.steps][-1] == 4
+    assert callback._driver.plan.batch_size == 16
+    assert callback.samples_seen == len(model.seen) == 32
+    with pytest.raises(ValueError, match=r"`max_batch_size` \(2\) is below the batch .* 4 = 1 processes"):
+        fit(Mean(loader=loader), scripted(2, cap=2, max_micro_batch_size=None, mode=mode))
+
+
+def test_the_rate_follows_batches_of_any_size():
+    """In monitor mode, and alone: one large batch is one large batch, and no more."""
+    data = TensorDataset(torch.arange(48.0)[:, None])
+    for alone in (False, True):
+        scaler, seen = BatchSizeLRScaler("linear"), []
+
+        class Look(pl.Callback):
+            def on_before_optimizer_step(self, *args, scaler=scaler, seen=seen):
+                seen.append(scaler.factor)
+
+        callback = scaler if alone else AdaptiveBatchSize(64, mode="monitor", lr_scaler=scaler)
+        model = Mean(loader=DataLoader(data, batch_sampler=Chunks(4, 32, 4, 4, 4)))
+        fit(model, callback, Look(), max_epochs=1)
+        assert seen == [1, 8, 1, 1, 1]
+    assert AdaptiveBatchSize(64, mode="monitor").state_dict()["driver"] == {}
+
+
+def test_samples_that_a_limit_leaves_out_are_not_counted():
+    rates = []
+    for mode in ("sampler", "accumulate"):
+        model, callback = Mean(n=64, batch=4), scripted(4, mode=mode, warmup_steps=100)
+        model.schedule = lambda o: {"scheduler": SamplesLR(o, 40, "linear", final=0.0), "interval": "step"}
+        run = fit(model, callback, limit_train_batches=5, accumulate_grad_batches=4, max_epochs=1)
+        assert callback.samples_seen == len(model.seen) == 20
+        rates.append(run.optimizers[0].param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(0.5e-4)  # of a known order it is known that the last step is a short one
+
+
+@pytest.mark.parametrize("mode", ["sampler", "accumulate"])
+def test_another_run_begins_afresh_and_the_same_trainer_goes_on(mode):
+    scaler = BatchSizeLRScaler("linear")
+    callback = scripted(16, mode=mode, max_growth=2.0, estimator="ghost", lr_scaler=scaler)
+
+    def sizes(run, model):
+        model.steps = []
+        run.fit(model)
+        return [sum(map(len, window)) for window, _ in model.steps], scaler.factor, callback.samples_seen
+
+    run, model = trainer(callback, max_epochs=1), Mean(n=64, batch=4)
+    first = sizes(run, model)
+    assert (first[0][0], max(first[0])) == (4, 16)
+    assert first[1:] == (4, 64)
+    run.fit_loop.max_epochs = 2
+    assert sizes(run, model) == (4 * [16], 4, 128)
+    assert sizes(trainer(callback, max_epochs=1), Mean(n=64, batch=4)) == first
+    assert callback._steps == len(first[0])
+
+
+def test_a_scaler_alone_takes_its_reference_from_each_run():
+    scaler = BatchSizeLRScaler("linear")
+    for batch in (4, 8):
+        fit(Mean(n=64, batch=batch), scaler, max_epochs=1)
+        assert (scaler.reference_batch_size, scaler.factor) == (batch, 1)
+
+
+def test_a_run_after_a_resumed_one_knows_nothing_of_its_checkpoint(tmp_path):
+    def model():
+        return Mean(loader=DataLoader(Batches(), None))
+
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(scripted(16, mode="auto"), saver, max_epochs=1, enable_checkpointing=True).fit(model())
+    callback, resumed, fresh = scripted(16, mode="auto"), model(), model()
+    trainer(callback).fit(resumed, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert [len(window) for window, _ in resumed.steps] == [4, 4]
+    trainer(callback).fit(fresh)
+    assert len(fresh.steps[0][0]) == 1
 
 
 class Fails(Mean):
@@ -508,6 +612,10 @@ def test_refusals():
         fit(Mean(), AdaptiveBatchSize(4))
     with pytest.raises(ValueError, match="`max_micro_batch_size`=65 is above `max_batch_size`=64"):
         AdaptiveBatchSize(64, max_micro_batch_size=65)
+    with pytest.raises(ValueError, match="`min_accumulate`=8 micro-batches hold more samples than `max_batch_size`=4"):
+        AdaptiveBatchSize(4, min_accumulate=8)
+    with pytest.raises(ValueError, match=r"`max_batch_size` \(4\) is less than one sample .* of 2 .* 4 processes"):
+        AdaptiveBatchSize(4, min_accumulate=2)._first_plan(BatchPlan(1, 1, 4))
     with pytest.raises(ValueError, match="`accumulate_grad_batches` must be a power of two, got 3: use 2 or 4"):
         fit(Mean(), AdaptiveBatchSize(64), accumulate_grad_batches=3)
     with pytest.raises(MisconfigurationException, match=r"overfit_batches.*mode='monitor'"):
