@@ -32,6 +32,7 @@ ScaleRounding = Literal["nearest", "up"]
 _EXPONENT = 0x7F800000
 _ONE = 0x3F800000
 _NAN = 0x7FC00000
+_SIGN_AND_CODE = -0x8000 | 0x0E00  # as int16: sign, lowest two exponent bits, highest mantissa bit
 _TWO_SIGNIFICANT_BITS = -0x400000  # as int32: sign, exponent and one mantissa bit
 
 
@@ -147,10 +148,14 @@ def round_nearest_(y: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         magic = _by_binade(y.abs(), 1.5 * 2.0**22, 1.5 * 2.0**23, 1.5 * 2.0**24)
         return (y + magic) - magic
-    # adding and subtracting 1.5 * 2**(22 + exponent) leaves one mantissa bit; below 1 the step stays 0.5
-    bits = y.view(torch.int32).bitwise_and(_EXPONENT).clamp_(min=_ONE).add_((22 << 23) | (1 << 22))
-    magic = bits.view(torch.float32)
+    magic = _magic(y)
     return y.add_(magic).sub_(magic)
+
+
+def _magic(y: Tensor) -> Tensor:
+    """``1.5 * 2**(22 + exponent)``: added and subtracted it leaves one mantissa bit; below 1 the step stays 0.5."""
+    bits = y.view(torch.int32).bitwise_and(_EXPONENT)
+    return bits.clamp_(min=_ONE).add_((22 << 23) | (1 << 22)).view(torch.float32)
 
 
 def round_stochastic_(y: Tensor, k: Tensor) -> Tensor:
@@ -224,12 +229,13 @@ def encode_pairs(y: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return _code(y[:, 0::2]) + 16.0 * _code(y[:, 1::2])
     y.nan_to_num_(E2M1_MAX)
-    q = round_nearest_(y.clone()).copysign_(y)
+    magic = _magic(y)
+    q = (y + magic).sub_(magic).copysign_(y)
     # scaled by 2**-14 an E2M1 number in binary16 is subnormal where it is subnormal in E2M1: shift, and it is the code
-    bits = q.mul_(2.0**-14).to(torch.float16).view(torch.int16).view(y.shape[0], BLOCK // 2, 2, *y.shape[2:])
-    low, high = bits.unbind(2)
-    nibbles = ((low >> 9) & 7).bitwise_or_((low >> 12) & 8)
-    return nibbles.bitwise_or_((high >> 5) & 0x70).bitwise_or_((high >> 8) & 0x80).to(torch.uint8)
+    bits = q.mul_(2.0**-14).to(torch.float16).view(torch.int16)
+    # magnitude - 64 if negative; of the two shifts by sign and exponent the second is -8 if negative, else 0
+    codes = (bits >> 9).sub_(bits >> 12, alpha=9).view(y.shape[0], BLOCK // 2, 2, *y.shape[2:])
+    return codes[:, :, 0].add(codes[:, :, 1], alpha=16).to(torch.uint8)
 
 
 def _code(y: Tensor) -> Tensor:
@@ -244,11 +250,10 @@ def _code(y: Tensor) -> Tensor:
 
 def decode_pairs(codes: Tensor) -> Tensor:
     """Values times ``2**-14`` of ``codes[G, 8, C]``, as fp16 ``[G, 16, C]``; the inverse of :func:`encode_pairs`."""
-    c = codes.to(torch.int16)
-    out = torch.empty(c.shape[0], BLOCK // 2, 2, c.shape[2], dtype=torch.int16, device=c.device)
-    out[:, :, 0] = ((c & 7) << 9).bitwise_or_((c & 8) << 12)
-    out[:, :, 1] = ((c & 0x70) << 5).bitwise_or_((c & 0x80) << 8)
-    return out.view(torch.float16).view(c.shape[0], BLOCK, c.shape[2])
+    c = codes.view(torch.int8).to(torch.int16)
+    # shifts that copy the sign of each nibble through the exponent; all but it and the three bits is masked
+    both = torch.stack(((c << 12) >> 3, c << 5), dim=2).bitwise_and_(_SIGN_AND_CODE)
+    return both.view(torch.float16).view(c.shape[0], BLOCK, c.shape[2])
 
 
 def pack(codes: Tensor) -> Tensor:

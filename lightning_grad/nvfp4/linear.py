@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_grad.nvfp4.backends import load, resolve
 from lightning_grad.nvfp4.format import BLOCK
+from lightning_grad.nvfp4.heap import keep_freed_memory
 from lightning_grad.nvfp4.probe import Probe
 from lightning_grad.nvfp4.recipe import Draw, Mode, NVFP4Recipe, Packed
 from lightning_grad.nvfp4.stream import check_stream
@@ -335,6 +336,8 @@ class NVFP4Linear(nn.Linear):
                 f"NVFP4Linear needs dimensions that are multiples of 16, got in_features={module.in_features},"
                 f" out_features={module.out_features}."
             )
+        if module.weight.device.type == "cpu":
+            keep_freed_memory()
         module.__class__ = cls
         module.__dict__["_nvfp4"] = LayerState(session or Session(), layer_id, name)
         assert isinstance(module, cls)

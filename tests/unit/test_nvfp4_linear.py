@@ -1,7 +1,12 @@
 """The quantized linear layer: gradients from its own operands, memory, autograd, autocast, checkpointing, compile."""
 
 import copy
+import os
 import pickle
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,6 +296,30 @@ def test_weight_cache_changes_no_bit():
             y.backward(dy)
             out.append((y, leaf.grad, layer.weight.grad))
         assert all(torch.equal(p, q) for p, q in zip(*out, strict=True))
+
+
+FAULTS = """
+import resource, torch
+from torch import nn
+from lightning_grad.nvfp4 import NVFP4Linear
+layer = NVFP4Linear.convert(nn.Linear(16, 16))
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    temporaries = [torch.zeros(100_000) for _ in range(50)]
+    del temporaries
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another one")
+def test_freed_memory_stays_with_a_process_of_small_tensors():
+    """20 MB of temporaries are 4,900 pages, faulted in again if glibc gave them back."""
+    environment = {key: value for key, value in os.environ.items() if "MALLOC" not in key and key != "LD_PRELOAD"}
+    result = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=Path(__file__).parents[2], env=environment | {"PYTHONPATH": "."},
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert int(result.stdout) < 1000
 
 
 def test_conversion_is_a_class_swap():
