@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_grad._validate import check_choice, check_int
@@ -23,7 +24,8 @@ class PosteriorSamples(pl.Callback):
         burn_in_steps: Optimizer steps before the first sample counts, >= 0.
         every_n_steps: Steps between samples, >= 1.
         max_samples: Samples kept, >= 1.
-        storage: ``"memory"`` (then they are part of the checkpoint), or a directory for files ``sample_{step}.pt``.
+        storage: ``"memory"`` (then they are part of the checkpoint), or a directory for files ``sample_{step}.pt``;
+            files that are there already and not of this run are moved to a folder in it, with a warning.
         policy: When full: ``"last"`` drops the oldest; ``"reservoir"`` keeps a uniform choice of all seen.
         dtype: ``"float32"`` or ``"float16"``, of the copies.
         seed: Seed of the reservoir's choices.
@@ -67,10 +69,39 @@ class PosteriorSamples(pl.Callback):
         return "PosteriorSamples"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Steps taken before do not count again."""
+        """Steps taken before do not count again, and the samples are those of this run."""
         self._last_step = trainer.global_step
-        if self.storage != "memory" and trainer.is_global_zero:
-            Path(self.storage).mkdir(parents=True, exist_ok=True)
+        kept = self._kept
+        if self.storage == "memory":
+            kept = [step for step in kept if step in self._samples]
+        elif trainer.is_global_zero:
+            self._set_aside()
+            kept = [step for step in kept if self._path(step).exists()]
+        kept = trainer.strategy.broadcast(kept)
+        if kept != self._kept:
+            missing = sorted(set(self._kept) - set(kept))
+            rank_zero_warn(
+                f"PosteriorSamples: the samples of steps {missing} that the checkpoint lists are not in"
+                f" storage={self.storage!r} any more; the run goes on without them."
+            )
+            self._kept = kept
+
+    def _set_aside(self) -> None:
+        """Move the samples of another run, or of the part of this one that is run again, where nothing finds them."""
+        folder = Path(self.storage)
+        folder.mkdir(parents=True, exist_ok=True)
+        foreign = sorted(set(folder.glob("sample_*.pt")) - {self._path(step) for step in self._kept})
+        if not foreign:
+            return
+        number = 1 + sum(1 for _ in folder.glob("set_aside_*"))
+        target = folder / f"set_aside_{number}"
+        target.mkdir()
+        for path in foreign:
+            path.rename(target / path.name)
+        rank_zero_warn(
+            f"PosteriorSamples: {len(foreign)} samples in {folder} are not of this run, or of steps that it takes again"
+            f" after the checkpoint; they are in {target} now."
+        )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -99,6 +99,37 @@ def test_resume_keeps_the_same_samples(tmp_path):
     assert second._seen == whole._seen == 10
 
 
+def test_a_run_resumed_from_an_older_checkpoint_has_its_own_files_only(tmp_path):
+    def new():
+        return PosteriorSamples(every_n_steps=1, max_samples=3, storage=str(tmp_path / "samples"))
+
+    _, trainer = fit(4, [new()])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")  # keeps 2, 3, 4
+    with pytest.warns(UserWarning, match="3 samples in .* are not of this run"):
+        fit(6, [new()])  # the same folder again, from the start: 4, 5, 6 stay
+    assert len(PosteriorSamples.merge([tmp_path / "samples"])) == 3
+    resumed = new()
+    with pytest.warns(UserWarning, match="samples of steps") as said:
+        model, _ = fit(5, [resumed], tmp_path / "a.ckpt")
+    text = " ".join(str(warning.message) for warning in said)
+    assert "samples of steps [2, 3]" in text
+    assert "set_aside_2" in text
+    assert resumed._kept == [4, 5]
+    assert resumed.predict(model, lambda: torch.zeros(1)).shape == (2, 1)
+    assert len(PosteriorSamples.merge([tmp_path / "samples"])) == 2
+    aside = {path.parent.name + path.name for path in (tmp_path / "samples").rglob("set_aside_*/*")}
+    assert aside == {f"set_aside_{k}sample_{n}.pt" for k, n in ((1, 2), (1, 3), (1, 4), (2, 5), (2, 6))}
+
+
+def test_a_checkpoint_of_a_run_with_other_storage_is_said(tmp_path):
+    _, trainer = fit(3, [PosteriorSamples(every_n_steps=1, storage=str(tmp_path / "samples"))])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    samples = PosteriorSamples(every_n_steps=1)
+    with pytest.warns(UserWarning, match=r"samples of steps \[1, 2, 3\]"):
+        fit(4, [samples], tmp_path / "a.ckpt")
+    assert len(list(samples.samples())) == 1
+
+
 def test_no_sample_is_an_error():
     with pytest.raises(RuntimeError, match="no sample yet"):
         PosteriorSamples().predict(torch.nn.Linear(1, 1), lambda: torch.ones(1))
