@@ -26,10 +26,28 @@ class ScoreHistory:
             raise ValueError(
                 "`objective='strata'` needs AllocatedLoader(..., strata=...), the stratum of each example."
             )
+        if kind == "strata" and loader.strata is not None:
+            inhabited = loader.strata.unique().numel()
+            if loader.draws < inhabited:
+                raise ValueError(
+                    f"`objective='strata'` draws every stratum at least once an epoch, but AllocatedLoader gives"
+                    f" {loader.draws} examples for {inhabited} strata. Merge strata, or choose a `batch_size` that"
+                    " leaves fewer examples over."
+                )
         self.loader, self.kind, self.decay, self.seed = loader, kind, decay, seed
         self.mix, self.activate_below = mix, activate_below
         self.known = torch.zeros(loader.num_examples, 2, dtype=torch.float64)
         self.fresh = torch.zeros_like(self.known)
+        self.current: tuple[Tensor, Tensor] | None = None  # the plan, which the loader forgets after a fit
+
+    def go_on_from(self, before: ScoreHistory) -> None:
+        """Take over the scores of an earlier fit on as many examples."""
+        if len(before.known) == len(self.known):
+            self.known, self.fresh = before.known, before.fresh
+
+    def _set(self, index: Tensor, weight: Tensor, position: int = 0) -> None:
+        self.current = (index, weight)
+        self.loader.set_plan(index, weight, position)
 
     def add(self, index: Tensor, score: Tensor) -> None:
         """Scores of a batch; not-finite ones are left out."""
@@ -56,21 +74,21 @@ class ScoreHistory:
         finite = scores[torch.isfinite(scores)]
         report = {"variance_ratio": 1.0, "weight_max": 1.0, "ess": float(draws), "active": 0.0}
         if uniform or not len(finite) or float(finite.sum()) <= 0:
-            loader.set_plan(*even_plan(loader.num_examples, draws, seed))
+            self._set(*even_plan(loader.num_examples, draws, seed))
             return report
         generator = torch.Generator().manual_seed(seed)
         if self.kind == "importance":
             ratio = importance_variance_ratio(finite)
             report["variance_ratio"] = ratio
             if ratio >= self.activate_below:
-                loader.set_plan(*even_plan(loader.num_examples, draws, seed))
+                self._set(*even_plan(loader.num_examples, draws, seed))
                 return report
             q = importance_probs(scores, self.mix)
             index = systematic_sample(q, draws, generator)
             weight = 1.0 / (loader.num_examples * q[index])
         else:
             index, weight, report["variance_ratio"] = self._strata(scores, draws, generator)
-        loader.set_plan(index, weight)
+        self._set(index, weight)
         total = float(weight.sum())
         return report | {
             "weight_max": float(weight.max()),
@@ -96,7 +114,7 @@ class ScoreHistory:
 
     def state_dict(self, who: Processes) -> dict[str, Any]:
         """Scores and the running epoch's plan."""
-        index, weight = self.loader.plan or (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64))
+        index, weight = self.current or (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64))
         return {"known": self.known.clone(), "fresh": who.add(self.fresh.clone()), "index": index, "weight": weight}
 
     def load_state_dict(self, state: dict[str, Any], who: Processes, position: int) -> None:
@@ -108,4 +126,4 @@ class ScoreHistory:
             )
         self.known = state["known"].clone()
         self.fresh = state["fresh"].clone() if who.rank == 0 else torch.zeros_like(self.known)
-        self.loader.set_plan(state["index"], state["weight"], position)
+        self._set(state["index"], state["weight"], position)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_grad._lightning import logging_step
+from lightning_grad._lightning import logging_step, replace_method
 from lightning_grad._tensorboard import Charts, log_scalars
 from lightning_grad._validate import check_int, check_range
 from lightning_grad.callbacks._owns_lr import OwnsLearningRate
@@ -26,8 +27,9 @@ class LossNormalizedLR(OwnsLearningRate):
 
     For cross-entropy with SGD: where the gradient vanishes because nearly all samples are fitted, the step does not.
     ``training_step`` returns ``{"loss": loss, "one_minus_p": tensor}`` with the error probability of each sample, or
-    their mean. The mean is over the accumulated micro-batches and processes of the step, weighted by size. The
-    logistic loss may rise while the accuracy improves: watch the accuracy.
+    their mean. The mean is over the accumulated micro-batches and processes of the step, weighted by size; one whose
+    ``training_step`` returns ``None`` is left out. The logistic loss may rise while the accuracy improves: watch the
+    accuracy.
 
     Tags: ``loss_normalized/one_minus_p``, ``loss_normalized/lr``.
 
@@ -59,6 +61,7 @@ class LossNormalizedLR(OwnsLearningRate):
         self._sum: Tensor | None = None
         self._count = 0
         self._lr: float | None = None
+        self._undo: Callable[[], None] | None = None
 
     def tensorboard_charts(self, trainer: pl.Trainer) -> Charts:
         """One chart each."""
@@ -85,6 +88,8 @@ class LossNormalizedLR(OwnsLearningRate):
         @functools.wraps(step)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             output = step(*args, **kwargs)
+            if output is None:  # Lightning leaves such a micro-batch out, and so does the mean
+                return None
             value = output.get(self.key) if isinstance(output, dict) else None
             if not isinstance(value, Tensor):
                 raise MisconfigurationException(
@@ -96,7 +101,7 @@ class LossNormalizedLR(OwnsLearningRate):
             self._latest = (value.detach().double().mean() * size, size)
             return output
 
-        pl_module.__dict__["training_step"] = training_step
+        self._undo = replace_method(pl_module, "training_step", training_step)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Count the micro-batch: others may call ``training_step`` too, but this loss is trained on."""
@@ -124,9 +129,15 @@ class LossNormalizedLR(OwnsLearningRate):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Detach."""
         super().teardown(trainer, pl_module, stage)
-        pl_module.__dict__.pop("training_step", None)
+        self._give_back()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Detach."""
         super().on_exception(trainer, pl_module, exception)
-        pl_module.__dict__.pop("training_step", None)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self._sum, self._count, self._lr = None, 0, None  # of a window that was cut short
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()

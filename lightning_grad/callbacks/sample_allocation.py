@@ -27,9 +27,11 @@ from lightning_grad.callbacks._prompt_allocation import IterationSettings, Promp
 from lightning_grad.callbacks._supervised_allocation import ScoreHistory
 from lightning_grad.data.rollouts import RolloutLoader, SamplingModule
 from lightning_grad.data.weighted import AllocatedLoader
+from lightning_grad.sampling.data_module import RolloutDataModule
 
 AllocationObjective = Literal["em", "reward", "reward_baseline", "importance", "strata"]
 _SUPERVISED = ("importance", "strata")
+_DEFAULT_DECAY = 0.5
 _NOT_LOGGED = ("accepted", "generated")
 _NOT_SETTINGS = ("self", "log_histograms", "log_sn_mse_ratio", "save_rollouts")  # no plan depends on them
 
@@ -59,7 +61,8 @@ class DynamicSampleAllocation(TensorBoardCharts):
         pilot_mode: ``"reuse"`` counts the pilots as samples; ``"discard"`` draws them in addition; ``"history"`` draws
             none and plans by the samples of earlier visits.
         pilot_samples: Pilots per prompt, >= 1.
-        history_decay: Factor in [0, 1] on what is remembered of a prompt at its next visit.
+        history_decay: Factor in [0, 1] on what is remembered at the next visit, of a prompt with
+            ``pilot_mode="history"`` or of an example. The other modes plan by the pilots of the visit alone.
         warmup_iterations: First iterations with an even split and no pilots.
         alpha: Damping of hopeless prompts in ``em``, >= 0.
         beta: Its exponent, >= 1.
@@ -105,7 +108,7 @@ class DynamicSampleAllocation(TensorBoardCharts):
         advantage: AdvantageKind = "loo",
         pilot_mode: PilotMode = "reuse",
         pilot_samples: int = 4,
-        history_decay: float = 0.5,
+        history_decay: float = _DEFAULT_DECAY,
         warmup_iterations: int = 0,
         alpha: float = 1e-3,
         beta: float = 2.0,
@@ -159,6 +162,11 @@ class DynamicSampleAllocation(TensorBoardCharts):
             raise ValueError(
                 f"pilot_mode='reuse' with pilot_samples={pilot_samples} leaves nothing to allocate at"
                 f" samples_per_prompt={samples_per_prompt:g}; use fewer pilots or 'discard'."
+            )
+        if history_decay != _DEFAULT_DECAY and not self.supervised and pilot_mode != "history":
+            rank_zero_warn(
+                f"DynamicSampleAllocation: history_decay={history_decay} has no effect with pilot_mode={pilot_mode!r},"
+                " which plans by fresh pilots; use pilot_mode='history', or leave it out."
             )
         self.iteration = -1
         self._position = 0  # batches done
@@ -222,9 +230,9 @@ class DynamicSampleAllocation(TensorBoardCharts):
                 f" loader that exists, got {reload}."
             )
         self._who = _processes(trainer)
-        loader = getattr(getattr(trainer, "datamodule", None), "loader", None)
-        if isinstance(loader, RolloutLoader):
-            loader.steps_per_iteration = self.settings.steps_per_iteration
+        datamodule = getattr(trainer, "datamodule", None)
+        if isinstance(datamodule, RolloutDataModule):  # a loader of the user's own has a number of its own
+            datamodule.loader.steps_per_iteration = self.settings.steps_per_iteration
         if self.supervised:
             return
         name = type(pl_module).__name__
@@ -242,6 +250,7 @@ class DynamicSampleAllocation(TensorBoardCharts):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._prepared = False
         loader = trainer.train_dataloader
         wanted = AllocatedLoader if self.supervised else RolloutLoader
         if not isinstance(loader, wanted):
@@ -252,7 +261,10 @@ class DynamicSampleAllocation(TensorBoardCharts):
             )
         if isinstance(loader, AllocatedLoader):
             kind, decay, seed = self.objective, self.settings.history_decay, self.settings.seed
+            earlier = self._scores
             self._scores = ScoreHistory(loader, kind, decay, self.uniform_mix, self.activate_below, seed)
+            if earlier is not None:  # fit() called once more
+                self._scores.go_on_from(earlier)
         else:
             before = self._prompts
             self._prompts = PromptAllocation(loader, self.e_step, self.settings, self._who)
@@ -273,7 +285,9 @@ class DynamicSampleAllocation(TensorBoardCharts):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._prepared = False
-        if self._scores is not None:
+        if self._scores is not None and not outputs:  # training_step returned None: nothing was trained on
+            self._position = self._scores.loader.position
+        elif self._scores is not None:
             score = outputs.get("score") if isinstance(outputs, dict) else None
             if score is None:
                 score = _score_by_module(pl_module, batch)
@@ -285,6 +299,7 @@ class DynamicSampleAllocation(TensorBoardCharts):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Say what a batch holds, if the first one failed: ``x, y = batch`` was right with another loader."""
+        self.teardown(trainer, pl_module, "fit")
         first = self._scores is not None and self.iteration == 0 and self._position == 0
         if first and isinstance(exception, ValueError | TypeError | LookupError | AttributeError):
             exception.add_note(
@@ -292,6 +307,12 @@ class DynamicSampleAllocation(TensorBoardCharts):
                 f" {type(pl_module).__name__}.training_step takes its examples from batch['data'] and returns the loss"
                 " (batch['weight'] * losses).mean()."
             )
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave no plan in the loader, which may be trained on without this callback."""
+        if stage == "fit" and self._scores is not None:
+            self._scores.loader.clear_plan()
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the next epoch."""

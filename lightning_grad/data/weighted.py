@@ -18,7 +18,7 @@ class AllocatedLoader:
 
     A batch is a dict: ``data`` (what a ``DataLoader`` would give), ``index`` int64 ``[B]``, ``weight`` float64 ``[B]``.
     Train on ``(batch["weight"] * losses).mean()``: its expectation is the mean loss over the data set. Without a plan
-    the examples come in a random order with weight 1.
+    the examples come in a random order with weight 1, another one each epoch.
 
     Args:
         dataset: Map-style data set with a length.
@@ -26,6 +26,9 @@ class AllocatedLoader:
         strata: Stratum of each example, integers from 0; for ``objective="strata"``.
         seed: Seed of the order, >= 0.
         collate_fn: Makes ``data`` of a list of examples.
+
+    Raises:
+        ValueError: An argument is out of range, or ``strata`` does not fit the data set.
     """
 
     def __init__(
@@ -46,7 +49,11 @@ class AllocatedLoader:
             raise ValueError(
                 f"`strata` must have one entry per example, got {len(self.strata)} for {self.num_examples}."
             )
+        if self.strata is not None and self.num_examples and int(self.strata.min()) < 0:
+            raise ValueError(f"`strata` must be integers >= 0, got {int(self.strata.min())}.")
+        self.epoch = 0
         self.position = 0
+        self._at_start = True  # the next pass starts at `position`; otherwise a new epoch begins
         self._plan: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -60,7 +67,11 @@ class AllocatedLoader:
     def set_plan(self, index: Tensor, weight: Tensor, position: int = 0) -> None:
         """Examples of the next epoch over all processes, ``[draws]``, and their weights."""
         self._plan = (index, weight)
-        self.position = position
+        self.position, self._at_start = position, True
+
+    def clear_plan(self) -> None:
+        """Go back to even random orders, from the next epoch on."""
+        self._plan = None
 
     @property
     def plan(self) -> tuple[Tensor, Tensor] | None:
@@ -68,9 +79,11 @@ class AllocatedLoader:
         return self._plan
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self._plan is None or self.position >= len(self):
+        if not self._at_start or self.position >= len(self):
             self.position = 0
-        index, weight = self._plan or even_plan(self.num_examples, self.draws, self.seed)
+            self.epoch += 1
+        self._at_start = False
+        index, weight = self._plan or even_plan(self.num_examples, self.draws, self.seed + self.epoch)
         rank = dist.get_rank() if _world() > 1 else 0
         index, weight = index[rank :: _world()], weight[rank :: _world()]
         while self.position < len(self):
@@ -82,11 +95,13 @@ class AllocatedLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position; at the end of an epoch it is the next one's start."""
-        return {"version": 1, "position": self.position % len(self)}
+        finished, position = divmod(self.position, len(self))
+        return {"version": 1, "epoch": self.epoch + finished, "position": position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at a saved position; the plan comes back through the callback."""
-        self.position = state_dict["position"]
+        self.epoch = state_dict.get("epoch", 0)
+        self.position, self._at_start = state_dict["position"], True
 
 
 def even_plan(num_examples: int, draws: int, seed: int) -> tuple[Tensor, Tensor]:

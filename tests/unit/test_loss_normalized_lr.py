@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import lightning.pytorch as pl
@@ -104,6 +105,42 @@ def test_schedules_and_the_batch_size_keep_their_effect():
     theta = torch.zeros(5, dtype=torch.float64)
     for factor in (2.0, 1.0):  # twice the reference batch; the schedule halves
         theta = theta + 0.3 * factor * (torch.softmax(torch.nn.functional.logsigmoid(-(z @ theta)), 0) @ z)
+    assert torch.allclose(model.weight, theta, rtol=1e-12)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_training_step_of_the_instance_comes_back(fails):
+    z, _ = separable(8, 0)
+    model = Logistic()
+    own = model.training_step
+
+    def training_step(batch, batch_idx):
+        if fails:
+            raise OSError("disk full")
+        return own(batch, batch_idx)
+
+    model.training_step = training_step
+    with pytest.raises(OSError, match="disk full") if fails else contextlib.nullcontext():
+        fit(model, z, [LossNormalizedLR()], 8, 1)
+    assert vars(model)["training_step"] is training_step
+
+
+@pytest.mark.parametrize("left_out", [(), (1,), (2, 3)])
+def test_micro_batches_that_are_left_out_do_not_count(left_out):
+    z, _ = separable(40, 3)
+
+    class Skips(Logistic):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx in left_out else super().training_step(batch, batch_idx)
+
+    model = Skips()
+    fit(model, z, [LossNormalizedLR(0.3)], 10, 2, accumulate=2)
+    theta = torch.zeros(5, dtype=torch.float64)
+    for window in ((0, 1), (2, 3)):
+        used = [z[10 * k : 10 * k + 10] for k in window if k not in left_out]
+        if used:
+            gradient = sum((torch.sigmoid(-(part @ theta)) @ part) / 10 for part in used) / 2
+            theta = theta + 0.3 * gradient / torch.sigmoid(-(torch.cat(used) @ theta)).mean()
     assert torch.allclose(model.weight, theta, rtol=1e-12)
 
 

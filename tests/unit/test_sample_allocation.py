@@ -1,19 +1,23 @@
 """The callback: budgets, the gradient of an epoch, resume, what it leaves alone, what it refuses."""
 
+import pickle
 import threading
+import warnings
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils.data import TensorDataset
 
 from lightning_grad import DynamicSampleAllocation, RolloutDataModule
 from lightning_grad.allocation.e_step import EStep, Processes, check_rollouts
 from lightning_grad.allocation.history import PromptHistory
 from lightning_grad.allocation.planner import AllocationRule, gini, share_of
-from lightning_grad.data.rollouts import RolloutBatch, concatenate
+from lightning_grad.callbacks._supervised_allocation import ScoreHistory
+from lightning_grad.data.rollouts import RolloutBatch, RolloutLoader, concatenate
 from lightning_grad.data.weighted import AllocatedLoader
 from lightning_grad.demos import DigitsMLP
 from tests.rollout_models import EasyPolicy, prompts, quiet_trainer
@@ -349,3 +353,121 @@ def test_a_training_step_of_before_is_told_what_a_batch_holds(fails_at):
         trainer.fit(model, loader)
     notes = "".join(getattr(raised.value, "__notes__", []))
     assert ("Unchanged.training_step takes its examples from batch['data']" in notes) == (fails_at == 0)
+
+
+def examples(n=80):
+    gen = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.rand(n, 1, 8, 8, generator=gen), torch.randint(10, (n,), generator=gen))
+
+
+def weighted(n=80, cls=Weighted):
+    model = cls()
+    model.seen, model.scores = [], torch.where(torch.arange(n) < n // 2, 1.0, 9.0)
+    return model
+
+
+def test_a_second_fit_on_examples_remembers_their_scores():
+    model, loader = weighted(), AllocatedLoader(examples(), batch_size=8)
+    allocation = DynamicSampleAllocation(objective="importance")
+    for epochs in (1, 2):
+        quiet_trainer(max_epochs=epochs, callbacks=[allocation]).fit(model, loader)
+    assert float(model.seen[10]["weight"].max()) != 1.0
+
+
+def test_a_failed_fit_leaves_no_plan_in_the_loader(tmp_path):
+    class Fails(Weighted):
+        def training_step(self, batch, batch_idx):
+            if len(self.seen) == 25:
+                raise OSError("disk full")
+            return super().training_step(batch, batch_idx)
+
+    model, loader = weighted(cls=Fails), AllocatedLoader(examples(), batch_size=8)
+    allocation = DynamicSampleAllocation(objective="importance")
+    saver = OnExceptionCheckpoint(tmp_path, "failed")
+    with pytest.raises(OSError, match="disk full"):
+        quiet_trainer(max_epochs=3, callbacks=[allocation, saver], enable_checkpointing=True).fit(model, loader)
+    saved = torch.load(tmp_path / "failed.ckpt", weights_only=True)["callbacks"]["DynamicSampleAllocation"]
+    assert len(saved["scores"]["index"]) == 80  # the checkpoint has it still
+    plain = weighted()
+    quiet_trainer(max_epochs=1).fit(plain, loader)
+    assert all(bool((batch["weight"] == 1).all()) for batch in plain.seen)
+    # and with the callback, the scores from before the failure count
+    again = weighted()
+    quiet_trainer(max_epochs=1, callbacks=[allocation]).fit(again, loader)
+    assert float(again.seen[0]["weight"].max()) != 1.0
+
+
+def test_a_batch_that_is_left_out_has_no_score():
+    class Skips(Weighted):
+        def training_step(self, batch, batch_idx):
+            output = super().training_step(batch, batch_idx)
+            return None if batch_idx == 3 else output
+
+    model, loader = weighted(cls=Skips), AllocatedLoader(examples(), batch_size=8)
+    allocation = DynamicSampleAllocation(objective="importance")
+    quiet_trainer(max_epochs=1, callbacks=[allocation]).fit(model, loader)
+    scored = (allocation._scores.fresh[:, 1] > 0).nonzero().flatten()
+    missing = set(range(80)) - set(scored.tolist())
+    assert missing == set(model.seen[3]["index"].tolist())
+
+
+def test_a_loader_without_a_plan_has_a_new_order_each_epoch_and_continues_exactly():
+    def make():
+        return AllocatedLoader(list(range(10)), batch_size=3)
+
+    def indices(batches):
+        return [batch["index"].tolist() for batch in batches]
+
+    loader = make()
+    epochs = [indices(loader) for _ in range(12)]
+    assert len({str(epoch) for epoch in epochs}) == 12
+    assert {i for epoch in epochs for batch in epoch for i in batch} == set(range(10))  # no example is always left out
+    for start in range(5):
+        loader, again = make(), make()
+        batches = [batch for _ in range(2) for batch in epochs[_]]
+        drawn = 0
+        while drawn < start:
+            for _ in loader:
+                drawn += 1
+                if drawn == start:
+                    break
+        again.load_state_dict(loader.state_dict())
+        got = []
+        while len(got) < 6 - start:
+            got += indices(again)
+        assert got == batches[start:], start
+
+
+def test_strata_that_cannot_be_served_are_refused():
+    with pytest.raises(ValueError, match="`strata` must be integers >= 0, got -2"):
+        AllocatedLoader(list(range(3)), strata=[0, -2, 1])
+    loader = AllocatedLoader(list(range(10)), batch_size=8, strata=range(10))
+    with pytest.raises(ValueError, match="gives 8 examples for 10 strata"):
+        ScoreHistory(loader, "strata", 0.5, 0.1, 0.9, 0)
+
+
+def test_a_loader_of_the_users_own_keeps_its_number_of_steps():
+    class Own(pl.LightningDataModule):
+        def __init__(self):
+            super().__init__()
+            self.loader = RolloutLoader([1, 2, 3], steps_per_iteration=2)
+
+        def train_dataloader(self):
+            return self.loader
+
+    with pytest.raises(MisconfigurationException, match="steps_per_iteration=2, DynamicSampleAllocation 4"):
+        fit(data=Own())
+
+
+def test_a_decay_that_nothing_reads_is_said():
+    with pytest.warns(UserWarning, match="history_decay=0.9 has no effect with pilot_mode='discard'"):
+        DynamicSampleAllocation(history_decay=0.9, pilot_mode="discard")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DynamicSampleAllocation(history_decay=0.9, pilot_mode="history")
+        DynamicSampleAllocation(history_decay=0.9, objective="importance")
+        DynamicSampleAllocation()
+
+
+def test_it_can_be_sent_to_another_process():
+    pickle.loads(pickle.dumps(DynamicSampleAllocation()))
