@@ -74,13 +74,13 @@ def main() -> None:
     short, plot = comparison(__doc__, __file__)
     epochs, seeds = (2, (0,)) if short else (10, (0, 1, 2))
     figure, axes = plt.subplots(figsize=(6, 4))
-    print(f"{'method':8s} {'val/loss':>18s} {'norm, last / first':>20s}")
+    print("| method | val/loss | norm of the second convolution, last / first |\n| --- | --- | --- |")
     for name, make in METHODS.items():
         runs = [train(make, seed, epochs) for seed in seeds]
         losses = [loss for loss, _ in runs]
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
         growth = statistics.mean(norms[-1] / norms[0] for _, norms in runs)
-        print(f"{name:8s} {statistics.mean(losses):9.4f} ± {spread:6.4f} {growth:20.3f}")
+        print(f"| {name} | {statistics.mean(losses):.4f} ± {spread:.4f} | {growth:.2f} |", flush=True)
         axes.plot([value / runs[0][1][0] for value in runs[0][1]], label=name)
     axes.set(xlabel="epoch", ylabel="norm of a convolution weight / start")
     axes.legend()

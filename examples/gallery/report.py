@@ -145,6 +145,7 @@ def section(outcome: Outcome) -> str:
 
 def printed(text: str) -> str:
     """Return what a comparison printed, its tables as tables."""
+    text = re.sub(r"^drawn: .*\n?", "", text, flags=re.MULTILINE)  # the picture follows
     parts = []
     for block in re.split(r"((?:^\|.*\n?)+)", text, flags=re.MULTILINE):
         if block.startswith("|"):

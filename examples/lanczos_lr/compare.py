@@ -82,7 +82,10 @@ def main() -> None:
         return
     grid = [[train(None, lr, decay, 9, epochs)[0] for lr in rates] for decay in (False, True)]
     best = [rates[losses.index(min(losses))] for losses in grid]
-    print(f"grid on seed 9: {[[round(loss, 3) for loss in losses] for losses in grid]}, best {best}")
+    print(f"| constant rate, seed 9 | {' | '.join(map(str, rates))} |\n{'| --- ' * (len(rates) + 1)}|")
+    for label, losses in zip(("constant", "linear decay"), grid, strict=True):
+        print(f"| {label} | {' | '.join(f'{loss:.3f}' for loss in losses)} |")
+    print()
     means, curves = table(KINDS, best, seeds, epochs)
     if options.momentum == 0.9:
         draw(rates, grid, means, curves, plot)

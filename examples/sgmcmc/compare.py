@@ -73,8 +73,8 @@ def main() -> None:
     short, plot = comparison(__doc__, __file__)
     steps, burn_in = (40, 20) if short else (3000, 1000)
     train_set, images, labels = data()
-    print(f"{'prediction':36s} {'accuracy':>9s} {'log loss':>9s} {'calibration error':>18s}")
-    figure, axes = plt.subplots(figsize=(5, 4))
+    print("| prediction | accuracy | log loss | calibration error |\n| --- | --- | --- | --- |")
+    confidence = {}
     for name, make in {
         "AdamW, one network": partial(torch.optim.AdamW, lr=2e-3),
         "SGHMC, temperature 0.02": partial(SGHMC, lr=0.05, friction=0.1, weight_decay=1e-3, temperature=0.02, seed=0),
@@ -88,11 +88,12 @@ def main() -> None:
         else:
             probabilities = predict(model, images)
         accuracy, nll, error = scores(probabilities, labels)
-        print(f"{name:36s} {accuracy:9.4f} {nll:9.4f} {error:18.4f}")
-        axes.hist(probabilities.max(1).values.numpy(), bins=20, range=(0, 1), alpha=0.5, label=name)
+        print(f"| {name} | {accuracy:.4f} | {nll:.4f} | {error:.4f} |", flush=True)
+        confidence[name] = probabilities.max(1).values.numpy()
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.hist(list(confidence.values()), bins=10, range=(0, 1), label=list(confidence))
     axes.set(xlabel="confidence", ylabel="validation images", yscale="log")
-    axes.legend()
-    figure.tight_layout()
+    figure.legend(loc="outside upper left", fontsize=8)
     figure.savefig(plot, dpi=90)
 
 

@@ -37,7 +37,8 @@ def test_every_example_has_an_entry():
 def examples(gallery, tmp_path, monkeypatch):
     """Three examples: one prints a table and draws, one fails, one is slow."""
     scripts = {
-        "good": "print('| a | b |\\n|---|---|\\n| 1 | 2.5 |\\nsaid & done')\nopen('compare.png', 'wb').write(b'x')",
+        "good": "print('| a | b |\\n|---|---|\\n| 1 | 2.5 |\\nsaid & done\\ndrawn: here')\n"
+        "open('compare.png', 'wb').write(b'x')",
         "bad": "raise RuntimeError('lost <it>')",
         "other": "import os\nprint('threads', os.environ['OMP_NUM_THREADS'])",
     }
@@ -74,6 +75,7 @@ def test_a_failure_is_reported_and_stops_nothing(gallery, examples, capsys):
     assert "said &amp; done" in page
     assert "<td>4</td>" in page, "the README's own table"
     assert "C &lt; D" in page
+    assert "<pre>said &amp; done</pre>" in page, "the plot itself says that it was drawn"
     assert page.count("<img") == 1
     assert "src='good/compare.png'" in page
     assert (examples / "out" / "other" / "compare.log").read_text().split() == ["threads", "1"]
