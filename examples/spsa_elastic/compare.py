@@ -7,17 +7,13 @@ Prints the table of the README and draws compare.png (with --short: few steps).
 
 from __future__ import annotations
 
-import argparse
 import json
+import multiprocessing
 import os
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -30,9 +26,11 @@ from lightning_grad.spsa.auth import Authenticator
 from lightning_grad.spsa.observer import Observer
 from lightning_grad.spsa.store import Store
 
-HERE = Path(__file__).parent
 ABSTAINED = (0x7F, 0xFF)
-RUN, KEY = "digits", "LIGHTNING_GRAD_SPSA_KEY"
+RUN, KEY = "digits", "a key of the example, sixteen bytes or more"
+# workers are forks of a process without threads that has imported everything once
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["lightning_grad.demos.comparison", "lightning_grad.strategies"])
 
 
 def base_model() -> DigitsMLP:
@@ -42,7 +40,11 @@ def base_model() -> DigitsMLP:
 
 
 def work(port: int, steps: int, out: Path) -> None:
-    """One worker, in a process of its own."""
+    """One worker, in a process of its own; what it says goes to a file."""
+    log = os.open(out.with_suffix(".log"), os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ["LIGHTNING_GRAD_SPSA_KEY"] = KEY
     model = base_model()
     strategy = ElasticSPSAStrategy(
         run_id=RUN,
@@ -71,76 +73,42 @@ def work(port: int, steps: int, out: Path) -> None:
     out.write_text(json.dumps({"digest": digest64(model.parameters()), "own_steps": trainer.global_step}))
 
 
-class Nursery:
-    """A process that has imported everything once and forks the workers."""
-
-    def __init__(self, port: int, steps: int, folder: Path) -> None:
-        words = ["--nursery", str(port), "--steps", str(steps), "--out", str(folder)]
-        root = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "compare.py"), *words],
-            env={**os.environ, "PYTHONPATH": root},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def order(self, what: str, number: int) -> None:
-        print(what, number, file=self._process.stdin, flush=True)
-
-    def wait(self) -> None:
-        self._process.communicate()
-
-    @staticmethod
-    def serve(port: int, steps: int, folder: Path) -> None:
-        children: dict[str, int] = {}
-        for line in sys.stdin:
-            what, number = line.split()
-            if what == "kill":
-                os.kill(children[number], signal.SIGKILL)
-                continue
-            children[number] = os.fork()
-            if children[number] == 0:
-                try:
-                    work(port, steps, folder / f"{number}.json")
-                finally:
-                    os._exit(0)
-        for child in children.values():
-            os.waitpid(child, 0)
-
-
 def run(steps: int) -> tuple[Journal, dict[int, dict[str, int]]]:
-    os.environ[KEY] = "a key of the example, sixteen bytes or more"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     store = Store(f"127.0.0.1:{port}", RUN, serve=True)
-    watching = Observer(store, Authenticator.from_environment(RUN, KEY))
+    watching = Observer(store, Authenticator(RUN, KEY.encode()))
+    workers: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
-        def follow() -> None:
-            while not watching.finished:
-                watching.poll(0.5)
+        def start(number: int) -> None:
+            workers[number] = FORK.Process(target=work, args=(port, steps, folder / f"{number}.json"), daemon=True)
+            workers[number].start()
 
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        nursery = Nursery(port, steps, folder)
+        def check() -> None:
+            for number, process in workers.items():
+                if process.exitcode:
+                    said = (folder / f"{number}.log").read_text().splitlines()[-10:]
+                    raise SystemExit("\n".join([f"worker {number} ended with status {process.exitcode}:", *said]))
+
+        def follow(upto: int) -> None:
+            while len(watching.journal or ()) < upto and not watching.finished:
+                watching.poll(0.05)
+                check()
+
         for number in range(3):
-            nursery.order("start", number)
-
-        def wait_for(step: int) -> None:
-            while watching.journal is None or len(watching.journal) < step:
-                time.sleep(0.01)
-
-        wait_for(steps // 4)
-        nursery.order("kill", 1)
-        wait_for(steps // 2)
-        nursery.order("start", 3)
-        nursery.wait()
-        thread.join()
-        found = {n: json.loads((folder / f"{n}.json").read_text()) for n in (0, 2, 3)}
+            start(number)
+        follow(steps // 4)
+        workers.pop(1).kill()
+        follow(steps // 2)
+        start(3)
+        follow(steps)
+        for process in workers.values():
+            process.join()
+        check()
+        found = {number: json.loads((folder / f"{number}.json").read_text()) for number in sorted(workers)}
     assert watching.journal is not None
     return watching.journal, found
 
@@ -156,12 +124,8 @@ def accuracy(model: DigitsMLP) -> float:
 
 def main() -> None:
     parser = comparison_parser(__doc__)
-    parser.add_argument("--nursery", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=1000, help="steps of the run")
     args = parse_comparison(parser, __file__)
-    if args.nursery:
-        Nursery.serve(args.nursery, args.steps, args.out)
-        return
     import matplotlib.pyplot as plt
 
     journal, found = run(40 if args.short else args.steps)

@@ -81,3 +81,10 @@ def test_comparison_runs(script, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip(), "a comparison prints its table"
     changed = [path.name for path in script.parent.iterdir() if before.get(path) != path.stat().st_mtime_ns]
     assert not [name for name in changed if name != "__pycache__"], "a short run must not overwrite the example's files"
+
+
+def test_the_elastic_comparison_ends_when_a_worker_does(monkeypatch):
+    script = EXAMPLES / "spsa_elastic" / "compare.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--steps", "0"])
+    with pytest.raises(SystemExit, match=r"(?s)worker \d ended with status 1:.*`total_steps` must be an integer >= 1"):
+        runpy.run_path(str(script), run_name="__main__")

@@ -78,6 +78,14 @@ def test_two_trainers_and_a_late_one_end_with_the_same_bits(port, tmp_path):
     assert replay(Toy(steps=20, micro=2).named_parameters(), journals[0]).digest64() == found[0][0]
 
 
+def test_a_vote_of_an_earlier_fit_does_not_stop_the_next(port):
+    mine = strategy(port, stop_policy="any", total_steps=8)
+    mine.reduce_boolean_decision(True, all=False)
+    runner = trainer(mine, max_epochs=-1, accumulate_grad_batches=2)
+    runner.fit(Toy(steps=20, micro=2))
+    assert runner.global_step == 8
+
+
 class Bored(EarlyStopping):
     """Wants to stop at the end of the first epoch."""
 
@@ -149,13 +157,13 @@ def test_a_lost_store_is_said_and_the_journal_is_saved(tmp_path):
             if batch_idx == 9:
                 store.clear()
 
-    model = Kills(steps=20, micro=2)
-    runner = trainer(strategy(number), max_epochs=-1, accumulate_grad_batches=2, default_root_dir=tmp_path)
+    model, folder = Kills(steps=20, micro=2), tmp_path / "runs" / "new"
+    runner = trainer(strategy(number), max_epochs=-1, accumulate_grad_batches=2, default_root_dir=folder)
     with pytest.raises(
         StoreLostError, match=rf"lost the store at 127.0.0.1:{number} at step 5; journal saved to .*spsa; restart"
     ):
         runner.fit(model)
-    (path,) = tmp_path.glob("*.spsa")
+    (path,) = folder.glob("*.spsa")
     journal = Journal.load(path)
     assert len(journal) == 5
     assert replay(Toy(steps=20, micro=2).named_parameters(), journal).digest64() == digest64(model.parameters())

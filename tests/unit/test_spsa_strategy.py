@@ -303,6 +303,17 @@ def test_journal_file_is_never_overwritten_and_can_be_continued(tmp_path):
     assert replay(base.named_parameters(), second).digest64() == digest64(model.parameters())
 
 
+def test_a_second_fit_continues_no_journal_because_the_first_one_resumed(tmp_path):
+    fit(tmp_path / "a", model=Toy(steps=2), trainer_settings={"callbacks": [Saver(tmp_path)]})
+    mine = SharedSeedSPSAStrategy(journal_path=str(tmp_path / "j"), check_interval=1, seed=3)
+    runner = trainer(mine, accumulate_grad_batches=4, max_epochs=2)
+    runner.fit(Toy(steps=2), ckpt_path=tmp_path / "3.ckpt")
+    assert (tmp_path / "j").exists()
+    runner.fit_loop.max_epochs += 1
+    with pytest.raises(SPSAConfigError, match=r"exists\. Set `resume_journal`"):
+        runner.fit(Toy(steps=2))
+
+
 def test_wire_and_log(tmp_path):
     logged = []
 
