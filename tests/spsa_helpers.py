@@ -21,9 +21,9 @@ def loss_of(model, batch):
     return torch.nn.functional.mse_loss(model(batch[0]), batch[1])
 
 
-def make_session(model=None, slots=1, **options):
+def make_session(model=None, slots=1, run_id="0123456789abcdef", **options):
     options.setdefault("check_interval", 1)
-    return Session(Options(**options), model if model is not None else tiny_model(), slots, "0123456789abcdef")
+    return Session(Options(**options), model if model is not None else tiny_model(), slots, run_id)
 
 
 def run_alone(session, data, lr=2.0**-6, workers=(0,), codes_of=None):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_grad.spsa.errors import JournalError, SPSAError
+from lightning_grad.spsa.errors import JournalError, SPSAConfigError, SPSAError
 from lightning_grad.spsa.journal import MAGIC, Journal
 from lightning_grad.spsa.replayer import Progress, replay
 from lightning_grad.spsa.rule import UpdateRule
@@ -84,6 +84,8 @@ def load_journal(path: Path) -> Journal:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return journal_of(checkpoint["optimizer_states"][0]["spsa"])
+    except JournalError:
+        raise
     except (KeyError, IndexError, TypeError, UnpicklingError) as error:
         raise JournalError(f"{path}: neither a journal nor a checkpoint of an SPSA run.") from error
     except Exception as error:
@@ -91,13 +93,25 @@ def load_journal(path: Path) -> Journal:
 
 
 def load_base(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict of a file, and the checkpoint around it (empty for other files)."""
-    if path.suffix == ".safetensors":
-        return _safetensors().load_file(str(path)), {}
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if "state_dict" in content:
-        return dict(content["state_dict"]), content
-    return dict(content), {}
+    """State dict of a file, and the checkpoint around it (empty for other files).
+
+    Raises:
+        SPSAConfigError: There are no weights in it, or objects that are not loaded from a file one may not trust.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return _safetensors().load_file(str(path)), {}
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if "state_dict" in content:
+            return dict(content["state_dict"]), content
+        return dict(content), {}
+    except (OSError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # bytes that are something else can make a reader raise anything
+        raise SPSAConfigError(
+            f"{path}: no weights can be read from it ({type(error).__name__}). It must be a state dict, a Lightning"
+            " checkpoint without objects of other classes, or .safetensors."
+        ) from error
 
 
 def save_weights(path: Path, state: dict[str, Tensor], around: dict[str, Any], steps: int) -> None:

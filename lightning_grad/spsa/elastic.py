@@ -101,7 +101,7 @@ class ElasticWorker:
         rejected: Messages that were not what they should be.
         replayed: Records applied without having taken part.
         stopped: Whether the run has ended.
-        waited_s: Time the last step waited for its record.
+        waited_s: Seconds the last step waited for its record.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class ElasticWorker:
         self._store, self.session, self._schedule, self._options, self._auth = store, session, schedule, options, auth
         self._rescue = rescue
         self._membership = Membership({})
-        self._void: set[int] = set()
+        self._void: set[int] = set()  # left before they were let in
         self._base = [p.detach().clone() for p in session.engine.params] if options.heal else None
         self.stale = self.missed = self.rejected = self.replayed = 0
         self._last_rejection = ""
@@ -211,10 +211,13 @@ class ElasticWorker:
 
         Returns:
             The update, or ``None`` if the step was decided without this worker.
+
+        Raises:
+            As :meth:`Session.commit` does; ``StoreLostError``, with the place of the journal.
         """
         step = self.step
         with self._told():
-            if self._store.has([f"r/{step}"]) and self._read(step) is not None:
+            if self._read(step) is not None:
                 self.stale += 1
                 self.session.pending = []
                 self._apply_committed()
@@ -391,6 +394,7 @@ class ElasticWorker:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
+        """Return to the exact point and save the journal if the store is lost, and say where it is."""
         try:
             yield
         except StoreLostError as error:

@@ -124,8 +124,7 @@ class SPSAEngine:
         if quantized is None:
             self.restore()
             return False
-        copying = self.restore_mode == "copy"
-        moves = [] if copying else [(t, d, -self.eps * m) for (t, d), m in self.state.items()]
+        moves = self._way_back()
         self.state.clear()
         self._run(moves, changes(quantized))
         return True
@@ -142,10 +141,8 @@ class SPSAEngine:
         """The digest that :meth:`apply_quantized` would lead to; nothing is changed."""
         if quantized is None:
             return self.digest64()
-        copying = self.restore_mode == "copy"
-        moves = [] if copying else [(t, d, -self.eps * m) for (t, d), m in self.state.items()]
         shadows = [_Shadow(store, offset) for store, offset in zip(self.stores, self.layout.offsets, strict=True)]
-        self._pass(shadows, moves, changes(quantized))
+        self._pass(shadows, self._way_back(), changes(quantized))
         return sum(part for shadow in shadows for part in shadow.parts) & ((1 << 64) - 1)
 
     @torch.no_grad()
@@ -205,6 +202,11 @@ class SPSAEngine:
                 self.params[index] = self.stores[index].param = new
                 changed = True
         return changed
+
+    def _way_back(self) -> list[Weighted]:
+        """Moves to the exact point; a master copy is there already."""
+        copying = self.restore_mode == "copy"
+        return [] if copying else [(t, d, -self.eps * multiple) for (t, d), multiple in self.state.items()]
 
     def _run(self, moves: Sequence[Weighted], changes: Sequence[Weighted] | None = None) -> None:
         if not moves and changes is None and self.restore_mode != "copy":

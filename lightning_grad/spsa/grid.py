@@ -1,8 +1,7 @@
 r"""The grid on which adding and removing a perturbation is exact, and the digests that compare replicas.
 
 A float that gives up its last mantissa bit (and is a multiple of ``2 ulp(eps)``) can be moved by ``eps`` and back
-without
-rounding: :math:`x`, :math:`x \pm \epsilon` and :math:`x \pm 2\epsilon` are all representable while
+without rounding: :math:`x`, :math:`x \pm \epsilon` and :math:`x \pm 2\epsilon` are all representable while
 :math:`|x| < 2^{22}\epsilon`. So the perturbed parameters return to the same bits and no copy is needed.
 """
 

@@ -8,6 +8,7 @@ found at the record where they happened. Nothing in a journal is executed or unp
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import struct
@@ -164,17 +165,18 @@ class Truncated(Exception):  # noqa: N818  not an error: a torn append
 
 
 class RecordReader:
-    """Parses records one after the other; remembers the roster size and the chain of checks.
+    """Parses records one after the other; remembers the roster's size.
 
     Args:
         unit: Bytes per code.
         slots: Codes per roster member.
+        members: Roster size in force.
         first: Whether the first record read opens the journal, and so must carry a learning rate and a roster.
     """
 
-    def __init__(self, unit: int, slots: int, first: bool = True) -> None:
+    def __init__(self, unit: int, slots: int, members: int = 0, first: bool = True) -> None:
         self._per_member = unit * slots
-        self.members = 0
+        self._members = members
         self._first = first
 
     def read(self, data: bytes | bytearray | memoryview, begin: int) -> tuple[Record, int]:
@@ -202,7 +204,7 @@ class RecordReader:
         lr = roster = digest = None
         if flags & _LR:
             (lr,) = struct.unpack("<d", take(8))
-        members = self.members
+        members = self._members
         if flags & _ROSTER:
             (members,) = struct.unpack("<H", take(2))
             roster = struct.unpack(f"<{members}I", take(4 * members))
@@ -211,7 +213,7 @@ class RecordReader:
         if flags & _DIGEST:
             (digest,) = struct.unpack("<Q", take(8))
         codes = bytes(take(members * self._per_member))
-        self.members, self._first = members, False
+        self._members, self._first = members, False
         return Record(codes, lr, roster, digest, bool(flags & _STOP)), position
 
 
@@ -261,7 +263,7 @@ class Journal:
             ValueError: It is the first and has no learning rate or no roster.
         """
         body = record.to_bytes()
-        reader = self._new_reader_at()
+        reader = copy.copy(self._reader)
         try:
             _, end = reader.read(body, 0)
         except Truncated:
@@ -299,7 +301,7 @@ class Journal:
         while position < len(data):
             where = f"{name}: record {len(journal)} at byte offset {position}"
             try:
-                record, end = journal._new_reader_at().read(data, position)
+                record, end = copy.copy(journal._reader).read(data, position)
                 if end + _CHECK.size > len(data):
                     raise Truncated
             except Truncated:
@@ -390,12 +392,12 @@ class Journal:
             )
         if not damaged and self._data.startswith(theirs._data):
             return  # nothing but a record that was cut off
-        copy = next(c for i in count() if not (c := path.with_name(f"{path.name}.torn{i or ''}")).exists())
-        copy.write_bytes(old)
+        kept = next(p for i in count() if not (p := path.with_name(f"{path.name}.torn{i or ''}")).exists())
+        kept.write_bytes(old)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(theirs, self, strict=False)))
         warnings.warn(
             f"{path} held {len(theirs)} records; this run goes on after the first {shared} of them. The file as it was"
-            f" is kept as {copy}.",
+            f" is kept as {kept}.",
             stacklevel=3,
         )
 
@@ -407,11 +409,6 @@ class Journal:
 
     def _new_reader(self) -> RecordReader:
         return RecordReader(CODECS[self.header.codec], self.header.directions)
-
-    def _new_reader_at(self) -> RecordReader:
-        reader = self._new_reader()
-        reader.members, reader._first = self._reader.members, self._reader._first
-        return reader
 
 
 def _read_header(data: bytes, name: str) -> tuple[Header, int]:

@@ -147,8 +147,7 @@ class Membership:
         (size,) = struct.unpack("<I", data[:4])
         if size > limit or len(data) < 4 + size + 2:
             raise ValueError("its length is wrong")
-        reader = RecordReader(unit, header.directions, first=not self.previous)
-        reader.members = len(self.missed)
+        reader = RecordReader(unit, header.directions, len(self.missed), first=not self.previous)
         try:
             record, end = reader.read(data[4 : 4 + size], 0)
         except Truncated:

@@ -105,3 +105,38 @@ def test_what_is_wrong_is_one_line_and_status_one(run, capsys):
     for name, text in others.items():
         assert main(["inspect", "--journal", str(folder / name)]) == 1
         assert text in capsys.readouterr().err
+
+
+def test_a_damaged_journal_in_a_checkpoint_is_reported_as_one_in_a_file(run, capsys):
+    folder, _ = run
+    journal = Journal.load(folder / "run.spsa")
+    data = bytearray(journal.to_bytes())
+    data[journal.header_bytes + 40] ^= 4
+    state = {"journal": torch.frombuffer(data, dtype=torch.uint8)}
+    torch.save({"optimizer_states": [{"spsa": state}]}, folder / "bad.ckpt")
+    assert main(["inspect", "--journal", str(folder / "bad.ckpt")]) == 1
+    shown = capsys.readouterr()
+    assert "steps          1" in shown.out
+    assert "the checkpoint's journal: record 1 at byte offset" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.spsa", None),
+        ("a.pt", b"hello"),
+        ("a.safetensors", b"hello"),
+        ("list.pt", [1, 2]),
+        ("object.pt", Path("x")),
+    ],
+)
+def test_a_base_without_weights_is_one_line(run, capsys, name, content):
+    folder, _ = run
+    if isinstance(content, bytes):
+        (folder / name).write_bytes(content)
+    elif content is not None:
+        torch.save(content, folder / name)
+    words = ["verify", "--base", str(folder / name), "--journal", str(folder / "run.spsa"), "--no-progress"]
+    assert main(words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name}: no weights can be read from it" in line

@@ -138,9 +138,7 @@ class Alone:
         self.auth, self.options = Authenticator(RUN, key), options
 
     def worker(self, total_steps=6, auth=None, **settings):
-        session = make_session(**{"check_interval": 2, **settings})
-        session.header = session.header.__class__(**{**session.header.__dict__, "run_id": RUN})
-        session._begin(session.header)
+        session = make_session(run_id=RUN, **{"check_interval": 2, **settings})
         options = ElasticOptions(**{"step_timeout": 0.3, "join_timeout": 2.0, **self.options})
         store = Store(self.address, RUN)
         return ElasticWorker(store, session, Schedule(2.0**-6, total_steps), options, auth or self.auth)
@@ -444,9 +442,6 @@ def test_a_store_starts_again_from_a_journal(tmp_path):
         preload(Alone().store, Journal(journal.header), second.auth)
 
 
-# -- real processes ---------------------------------------------------------------------------------------------------
-
-
 def test_the_longest_of_the_files_is_continued():
     session = make_session()
     run_alone(session, batches(8))
@@ -460,6 +455,9 @@ def test_the_longest_of_the_files_is_continued():
     stranger = make_session(seed=9).journal
     with pytest.raises(JournalError, match=r"y and w differ: seed: 9 != 0"):
         longest({"w": whole, "y": stranger})
+
+
+# -- real processes ---------------------------------------------------------------------------------------------------
 
 
 def test_three_processes_one_joins_late_one_leaves_one_abstains(tmp_path):
