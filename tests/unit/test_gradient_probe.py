@@ -125,8 +125,11 @@ def test_parameters_that_join_are_measured(estimator, order):
 
 
 class Normalized(nn.Sequential):
+    """torch.func would map over its samples without an error, and normalise each by itself."""
+
     def __init__(self):
-        super().__init__(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        norm = nn.BatchNorm1d(2, track_running_stats=False)
+        super().__init__(nn.Linear(5, 8), nn.Unflatten(1, (2, 4)), norm, nn.Flatten(), nn.Linear(8, 2))
 
 
 class Metered(Net):
@@ -186,6 +189,12 @@ def test_training_steps_that_keep_their_outputs_are_undisturbed(others):
     assert torch.stack(model.outputs).isfinite().all()
     assert torch.equal(torch.stack(model.outputs), torch.stack(model.by_kind["loss"]))
     assert float(model.last) == float(model.outputs[-1])
+
+
+def test_metrics_that_add_in_place_are_put_back():
+    model = Metered()
+    measured(model, None, *(make() for make in CURVATURE.values()), estimator="ghost", k=1, steps=3, logger=Memory())
+    assert model.mean.update_count == int(model.mean.weight) == 3
 
 
 def test_a_loss_of_its_own_is_what_vmap_differentiates():
