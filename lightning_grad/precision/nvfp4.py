@@ -294,7 +294,8 @@ class NVFP4Precision(_NVFP4Plugin):
 class NVFP4FSDPPrecision(_NVFP4Plugin, FSDPPrecision):
     """:class:`NVFP4Precision` for ``FSDPStrategy``, which accepts FSDP plugins only. Same arguments.
 
-    Weights arrive as gathered bf16 shards and are quantized from bf16; the weight cache is off.
+    Weights arrive as gathered bf16 shards and are quantized from bf16; gradients are reduced in bf16, as under
+    Lightning's ``bf16-mixed``; the weight cache is off.
 
     State in checkpoints: seed, number of backward passes, mode.
     """
