@@ -34,7 +34,7 @@ class WatchDriver:
         """Samples that the present step will have on all processes, as far as its first micro-batch tells."""
         self.population: int | None = None  # samples in the data set, if known
         self._stated = 0  # batch size of the loader, if it has one
-        self._sizes = (0, 0)  # samples and number of the micro-batches that began a step, on all processes
+        self._sizes = (0, 0)  # samples and number of the micro-batches of all steps, on all processes
         self._samples = 0  # of the present step, on this process
 
     @property
@@ -84,14 +84,16 @@ class WatchDriver:
         if batch_idx % self.accumulate:
             return False
         everyones = sum_over_processes(trainer, samples)
-        self._sizes = (self._sizes[0] + everyones, self._sizes[1] + self.world)
-        self._judge()
+        self.micro = self.micro or -(-everyones // self.world)
         self.expected = everyones * self.accumulate
         return True
 
-    def samples_of_step(self, trainer: pl.Trainer) -> int:
-        """Samples of the step that was made, on all processes."""
-        return self.expected if self.accumulate == 1 else sum_over_processes(trainer, self._samples)
+    def count_step(self, trainer: pl.Trainer) -> int:
+        """Samples of the step just made, on all processes; called once."""
+        samples = self.expected if self.accumulate == 1 else sum_over_processes(trainer, self._samples)
+        self._sizes = (self._sizes[0] + samples, self._sizes[1] + self.parts * self.world)
+        self._judge()
+        return samples
 
     @property
     def gradient_correction(self) -> float:
@@ -323,7 +325,7 @@ class SamplerDriver(WatchDriver):
         self.expected = _samples_in(where, min(where.accumulate, left), self.world)
         return where.part == 0
 
-    def samples_of_step(self, trainer: pl.Trainer) -> int:
+    def count_step(self, trainer: pl.Trainer) -> int:
         assert self.loader is not None
         where = self.loader.current
         return _samples_in(where, where.part + 1, self.world)

@@ -410,7 +410,7 @@ class AdaptiveBatchSize(TensorBoardCharts):
         changed = False
         if stepped:
             self._steps += 1
-            self.samples_seen += driver.samples_of_step(trainer)
+            self.samples_seen += driver.count_step(trainer)
             if self._next_plan is not None:
                 driver.request(self._next_plan)
                 self._next_plan, changed = None, True

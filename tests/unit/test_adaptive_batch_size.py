@@ -396,6 +396,19 @@ def test_everything_is_put_back_after_an_exception(mode):
     assert rates == [1e-4] * 16
 
 
+def test_a_scaler_alone_lets_go_of_an_optimizer_after_an_exception():
+    model = Fails(n=64, batch=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    model.configure_optimizers = lambda: optimizer
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer(BatchSizeLRScaler("linear", reference_batch_size=2)).fit(model)
+    rates = []
+    optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+    model.at = None
+    trainer(max_epochs=1).fit(model)
+    assert rates == 16 * [1e-4]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("at", [0, 1, 5, 7])
 def test_a_checkpoint_written_on_an_exception_continues(at, workers, tmp_path):
