@@ -321,5 +321,6 @@ def square_sum(x: Tensor) -> Tensor:
 
 
 def ratio(a: Scalar, b: Tensor) -> Tensor:
-    """``a / b``, and 0 where ``b`` is 0."""
-    return torch.where(b > 0, a / torch.where(b > 0, b, torch.ones_like(b)), torch.zeros_like(b))
+    """``a / b``; 0 where ``b`` is 0, NaN where it is infinite: a sum that overflowed must not end training unseen."""
+    zero = b == 0
+    return (a / b.masked_fill(zero, 1.0) + (b - b)).masked_fill(zero, 0.0)  # b - b: 0, or NaN

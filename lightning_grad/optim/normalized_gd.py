@@ -84,4 +84,4 @@ class NormalizedGD(RuleOptimizer):
 
 
 def _scale(lr: Any, norm: Tensor, eps: Any) -> Tensor:
-    return torch.where(norm > 0, ratio(lr, norm + eps), torch.zeros_like(norm))
+    return ratio(lr, norm + eps).masked_fill(norm == 0, 0.0)

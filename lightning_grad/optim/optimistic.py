@@ -234,7 +234,7 @@ class OptimisticFTRL(_Optimistic):
         penalty = self.shared(first, "penalty", 0.0)
         grown = penalty + diameter**2 / (nu + penalty) * sums[:, 0].sum()
         self.set_shared(first, "penalty", grown)
-        steps = torch.stack([group["lr"] * diameter**2 / (nu + grown) / 2 for group in groups])
+        steps = torch.stack([ratio(group["lr"] * diameter**2 / 2, nu + grown) for group in groups])
         if first["project"]:
             steps = steps * _shrink(diameter / 2, (steps**2 * sums[:, 1]).sum().sqrt())
         return [{"step": step} for step in steps]
@@ -271,7 +271,7 @@ def _step_size(group: Group, rounds: Tensor, variation: Tensor) -> Tensor:
 
 def _shrink(radius: float, length: Tensor) -> Tensor:
     """Factor that brings a vector of this length into the ball."""
-    return torch.where(length > radius, ratio(radius, length), torch.ones_like(length))
+    return torch.where(length <= radius, torch.ones_like(length), ratio(radius, length))
 
 
 def _ball(radius: float, eta: Tensor, yy: Tensor, yg: Tensor, gg: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from lightning_grad.optim._base import Kind, RuleOptimizer
 from lightning_grad.optim._buckets import LOW_PRECISION
 from lightning_grad.optim._checks import BELOW_ONE, NON_NEGATIVE, Range, Switches
 from lightning_grad.optim._executors import Group, Hyper, State
-from lightning_grad.optim._math import axpy, ema_of_square, scale_add, square_sum
+from lightning_grad.optim._math import axpy, ema_of_square, ratio, scale_add, square_sum
 
 
 class _Langevin(RuleOptimizer):
@@ -352,7 +352,7 @@ def _onto_sphere(radius: Tensor, pp: Tensor, pu: Tensor, uu: Tensor) -> tuple[Te
     one, bound = torch.ones_like(pp), (pp > 0) & (radius > 0)
     along = torch.where(bound, pu / torch.where(bound, pp, one), torch.zeros_like(pp))
     length = torch.where(bound, pp + (uu - along * pu).clamp_min(0.0), one).sqrt()
-    factor = torch.where(bound, radius / length, one)
+    factor = torch.where(bound, ratio(radius, length), one)
     return (1.0 - along) * factor, factor
 
 

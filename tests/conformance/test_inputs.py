@@ -7,8 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_grad import AdamP, DiffGrad, OptimisticAdam
-from lightning_grad.optim import _math
+from lightning_grad.optim import (
+    SGLD,
+    AdaGradNorm,
+    AdamP,
+    DiffGrad,
+    NormalizedGD,
+    OptimisticAdam,
+    OptimisticFTRL,
+    OptimisticOMD,
+    _math,
+)
 from tests.conformance.cases import (
     Case,
     gradient,
@@ -19,8 +28,10 @@ from tests.conformance.cases import (
 from tests.conformance.common import (
     MODES,
     all_equal,
+    clones,
     every,
     every_mode,
+    every_setting,
     still,
 )
 
@@ -176,13 +187,65 @@ def test_sparse_gradients_are_refused_by_name(case: Case) -> None:
     assert torch.equal(p, torch.ones(4, 3))
 
 
+@every_setting
+@every_mode
+@pytest.mark.parametrize("bad", [float("nan"), 1e25], ids=["nan", "too large to square"])
+def test_a_gradient_that_is_no_number_stops_nothing_in_silence(
+    case: Case, kwargs: dict[str, Any], mode: str, bad: float
+) -> None:
+    params = [torch.full((6,), 0.5, requires_grad=True), torch.full((3, 4), 0.5, requires_grad=True)]
+    decay = {"weight_decay": 0.0} if "weight_decay" in kwargs else {}  # which moves them too
+    optimizer = case.cls(params, **{**kwargs, **decay}, **MODES[mode])
+    for step in range(4):
+        before = clones(params)
+        for index, p in enumerate(params):
+            p.grad = gradient(step, index, p)
+        if step == 1:
+            params[0].grad[1] = bad
+        optimizer.step()
+        # the number itself may stand still, as in torch's Adam; every other moves on or shows that it cannot
+        seen = [p.isnan() | ((p - old).abs() > 1e-6) for p, old in zip(params, before, strict=True)]
+        seen[0][1] = True
+        assert all(s.all() for s in seen), step
+
+
 @every
 def test_nan_gradients_spread_only_where_they_are(case: Case) -> None:
-    p = torch.ones(6, requires_grad=True)
-    p.grad = torch.tensor([1.0, float("nan"), 1.0, 1.0, 1.0, 1.0])
-    case.cls([p], **case.kwargs[0]).step()
-    assert p[1].isnan()
-    assert not case.elementwise or p.isnan().sum() == 1
+    params = [torch.ones(6, requires_grad=True), torch.ones(5, requires_grad=True)]
+    optimizer = case.cls(params, **case.kwargs[0])
+    for step in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        params[0].grad[1] = float("nan") if step == 1 else 1.0
+        optimizer.step()
+    assert params[0][1].isnan()
+    assert not case.elementwise or sum(int(p.isnan().sum()) for p in params) == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e25], ids=["nan", "inf", "too large to square"])
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "of_a_tensor"),
+    [
+        (AdaGradNorm, {}, False),
+        (NormalizedGD, {}, False),
+        (NormalizedGD, {"norm": "tensor", "eps": 0.1}, True),
+        (OptimisticOMD, {}, False),
+        (OptimisticOMD, {"step_rule": "constant", "project": True}, False),
+        (OptimisticFTRL, {}, False),
+        (OptimisticFTRL, {"project": False}, False),
+        (SGLD, {"temperature": 0.0, "sphere": True}, True),
+    ],
+)
+def test_a_norm_that_is_no_number_makes_all_it_scales_nan(
+    cls: Any, kwargs: dict[str, Any], of_a_tensor: bool, bad: float
+) -> None:
+    params = [torch.ones(6, requires_grad=True), torch.ones(5, requires_grad=True)]
+    optimizer = cls(params, **{"lr": 0.1, **kwargs})
+    run(optimizer, params, range(1))
+    params[0].grad[1] = bad
+    optimizer.step()
+    assert params[0].isnan().all()
+    assert params[1].isfinite().all() if of_a_tensor else params[1].isnan().all()
 
 
 @every
