@@ -95,6 +95,8 @@ class OptimisticOMD(_Optimistic):
             raise ValueError(
                 f"strong_convexity must be > 0 for step_rule='strongly_convex', got {group['strong_convexity']}"
             )
+        if group["step_rule"] == "convex" and 0.0 < _square_scale(group) < 1e-30:  # the first step would overflow
+            raise ValueError(f"delta + 4 * lipschitz^2 must be 0 or at least 1e-30, got {_square_scale(group):g}")
 
     @override
     def state_names(self, group: Group) -> Mapping[str, float | None]:

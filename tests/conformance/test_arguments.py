@@ -67,6 +67,8 @@ def test_switches_that_exclude_each_other(case: Case) -> None:
         (DiffGrad, {"maximize": 1}, "maximize must be True or False, got 1"),
         (DiffGrad, {"lr": torch.ones(2)}, "Tensor lr must be 1-element"),
         (DiffGrad, {"weight_decay": 2e10}, "weight_decay must be >= 0 and at most 1e+10, got 20000000000.0"),
+        (OptimisticOMD, {"delta": 1e-40}, "delta + 4 * lipschitz^2 must be 0 or at least 1e-30, got 1e-40"),
+        (OptimisticOMD, {"delta": 0.0}, None),
         (OptimisticFTRL, {"nu": 2e20}, "nu must be >= 1e-10 and at most 1e+20, got 2e+20"),
         (DiffGrad, {"lr": torch.tensor(1.0), "capturable": True, "foreach": True, "weight_decay": 1e10}, None),
         (AdamP, {"wd_ratio": 1.0}, None),
