@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_grad._cli_errors import ConfigError
 from lightning_grad.optim.groups import OptimizerGroup, named_groups
-from lightning_grad.optim.last_iterate_lr import LinearDecayLR
+from lightning_grad.optim.last_iterate_lr import LinearDecayLR, _StepLR
 
 Interval = Literal["auto", "epoch", "step"]
 
@@ -86,11 +86,12 @@ class OptimizerPlan:
 
     def _interval_of(self, scheduler: Any, module: LightningModule) -> str:
         """When the scheduler steps; one of ours that lacks the length of the run is told."""
-        counts = getattr(scheduler, "interval", None)
+        if not isinstance(scheduler, _StepLR):
+            return "epoch" if self.interval == "auto" else self.interval
         name = type(scheduler).__name__
-        if counts == "step" and self.interval == "epoch":
+        if self.interval == "epoch":
             raise ConfigError(f"`lr_scheduler_interval`: {name} counts optimizer steps; leave the interval out.")
-        if counts is not None and scheduler.total is None:
+        if scheduler.total is None:
             total = module.trainer.estimated_stepping_batches
             if math.isfinite(total) and total > 0:
                 _checked(lambda: scheduler.resolve(int(total)), f"`lr_scheduler` ({name})")
@@ -99,7 +100,7 @@ class OptimizerPlan:
                     f"`lr_scheduler`: {name} needs to know the number of steps and this run has no end. Set `total`,"
                     " or `trainer.max_steps` or `trainer.max_epochs`, or use CooldownLR."
                 )
-        return str(counts or ("epoch" if self.interval == "auto" else self.interval))
+        return scheduler.interval
 
     def _groups(self, module: LightningModule, cls: type[Optimizer], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
         try:

@@ -141,3 +141,11 @@ class Misuses(Tiny):
         from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
         raise MisconfigurationException("not in the middle of training")
+
+
+class OwnIntervalLR(torch.optim.lr_scheduler.LambdaLR):
+    """A scheduler from elsewhere, whose ``interval`` is a setting of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, interval: int = 10) -> None:
+        self.interval = interval
+        super().__init__(optimizer, lambda epoch: 1.0)

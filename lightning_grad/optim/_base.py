@@ -57,6 +57,7 @@ class RuleOptimizer(Optimizer):
     state_spec: ClassVar[Mapping[str, float | None]] = {}  # None: starts as the parameter's value
     allowed: ClassVar[Allowed] = {"eps": NON_NEGATIVE, "weight_decay": NON_NEGATIVE}  # what base classes say holds too
     by_group: ClassVar[tuple[str, ...] | None] = None  # hyperparameters that groups may differ in; None: all
+    alone: ClassVar[str] = ""  # a parameter whose state has this entry does not share a bucket
     small: ClassVar[int] = 32768  # parameters with fewer elements share a bucket
     capacity: ClassVar[int] = 131072  # elements of a bucket
     block: ClassVar[Mapping[str, int]] = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements per call of the eager rule
@@ -139,6 +140,7 @@ class RuleOptimizer(Optimizer):
         if self.by_group is not None and self.param_groups:
             check_equal(merged, self.param_groups[0], [n for n in self._hyperparameters() if n not in self.by_group])
         super().add_param_group(param_group)
+        _with_scalar_lr(self.param_groups[-1])
         check_params(self.param_groups[-1]["params"], type(self).__name__)
 
     def _hyperparameters(self) -> list[str]:
@@ -150,6 +152,7 @@ class RuleOptimizer(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+            _with_scalar_lr(group)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with tensors of their own: the live ones are views of buckets and would be saved whole."""
@@ -191,9 +194,18 @@ class RuleOptimizer(Optimizer):
     def _is_shared(self, name: str) -> bool:
         return name in self.shared_state
 
+    def keeper(self, group: Group) -> Tensor:
+        """The parameter whose state has the scalars of a group: its first, or that of another group if it is empty."""
+        found: Tensor = next(param for one in (group, *self.param_groups) for param in one["params"])
+        return found
+
+    def kept(self, group: Group) -> dict[str, Any]:
+        """The state of :meth:`keeper`, without making it; empty before the first step."""
+        return self.state.get(self.keeper(group), {}) if any(one["params"] for one in self.param_groups) else {}
+
     def shared(self, group: Group, name: str, start: float, dtype: torch.dtype = torch.float64) -> Tensor:
         """A scalar of the whole optimizer (or group), kept with the state of the group's first parameter."""
-        param = group["params"][0]
+        param = self.keeper(group)
         state = self.state[param]
         if name not in state:
             state[name] = torch.full((), start, dtype=dtype, device=param.device)
@@ -202,15 +214,16 @@ class RuleOptimizer(Optimizer):
         return found
 
     def _remember(self) -> None:
-        """Keep the plans although a state got another entry."""
-        for plan in self._plans.values():
+        """Keep the plans of this step although a state got another entry; others are still to be compared."""
+        for plan in self._in_step:
             plan.remember()
 
     def set_shared(self, group: Group, name: str, value: Tensor) -> None:
         """Change such a scalar; replaced under autograd, so that the graph of this step survives the next."""
-        old = self.state[group["params"][0]][name]
+        state = self.state[self.keeper(group)]
+        old = state[name]
         if group["differentiable"]:
-            self.state[group["params"][0]][name] = value.to(old.dtype)
+            state[name] = value.to(old.dtype)
         else:
             old.copy_(value)
 
@@ -235,6 +248,7 @@ class RuleOptimizer(Optimizer):
 
     def _forget_plans(self) -> None:
         self._plans: dict[int, Plan] = {}
+        self._in_step: list[Plan] = []  # those that hold in this step
         self._scratch = Scratch()
 
     def _plan(self, index: int, group: Group) -> Plan | None:
@@ -279,6 +293,7 @@ class RuleOptimizer(Optimizer):
             split_1d=split_1d,
             small=self.small,
             capacity=self.capacity,
+            alone=self.alone,
             scratch=self._scratch,
         )
         plan = make_plan(signature, params, self.state, layout)
@@ -299,6 +314,7 @@ class RuleOptimizer(Optimizer):
 
     def _update(self) -> None:
         plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
+        self._in_step = [plan for plan in plans if plan is not None]
         work: Work = [
             (group, self._with_hyper(group, plan.units))
             for group, plan in zip(self.param_groups, plans, strict=True)
@@ -397,6 +413,13 @@ class RuleOptimizer(Optimizer):
         """:meth:`measure` of a unit block by block, in float64."""
         for p, g, state in pieces(unit, list(self.state_names(group)), self._block):
             yield self.measure(p, -g if group["maximize"] else g, state, h).double()
+
+
+def _with_scalar_lr(group: Group) -> None:
+    """Let a learning rate that is a tensor of one element have no dimensions: a view, as a scheduler may hold it."""
+    lr = group.get("lr")
+    if isinstance(lr, Tensor) and lr.ndim:
+        group["lr"] = lr.reshape(())
 
 
 def _own(value: Any) -> Any:

@@ -177,6 +177,7 @@ class Layout:
     split_1d: bool  # parameters with ndim <= 1 get no weight decay
     small: int  # parameters below this are gathered
     capacity: int  # elements of a gathered unit
+    alone: str  # a state whose owner is not gathered with others
     scratch: Scratch
 
 
@@ -231,7 +232,7 @@ def _split(members: list[Member], layout: Layout) -> list[list[Member]]:
         row = numel // param.shape[0] if layout.rowwise and param.ndim >= 2 else 0
         key = (param.device, param.dtype, member.step, layout.split_1d and param.ndim <= 1, listed, row)
         group, filled = open_groups.get(key, ([], 0))
-        if not layout.concatenate or (not listed and numel >= layout.small):
+        if not layout.concatenate or layout.alone in member.state or (not listed and numel >= layout.small):
             groups.append([member])
         elif group and (listed or filled + numel <= layout.capacity):
             group.append(member)

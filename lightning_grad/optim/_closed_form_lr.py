@@ -19,6 +19,19 @@ class ClosedFormLR(LRScheduler):
         """Whether everything the learning rates depend on is known."""
         return True
 
+    def _present_factor(self) -> float:
+        """The factor on the base learning rates at the present position."""
+        raise NotImplementedError
+
+    @override
+    def get_lr(self) -> list[float | Tensor]:
+        # a group that came after the schedule was made: finetuning callbacks add them
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            lr = group["lr"]
+            self.base_lrs.append(group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr))
+        factor = self._present_factor()
+        return [lr * factor for lr in self.base_lrs]
+
     def _write(self) -> None:
         """Set the learning rates of the present position."""
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):

@@ -70,7 +70,7 @@ class AdaGradNorm(RuleOptimizer):
 
     def _accumulate(self, group: Group, total: Tensor) -> Tensor:
         """Add to the group's sum of squares; returns its root."""
-        exact = group["params"][0].dtype in (torch.float64, torch.complex128)
+        exact = self.keeper(group).dtype in (torch.float64, torch.complex128)
         dtype = torch.float64 if exact else torch.float32
         grown = (self.shared(group, "sum_sq", group["b0"] ** 2, dtype) + total).to(dtype)
         self.set_shared(group, "sum_sq", grown)
@@ -89,7 +89,8 @@ class AdaGradNorm(RuleOptimizer):
         groups = self.param_groups if self.param_groups[0]["scope"] == "group" else self.param_groups[:1]
         found: dict[str, float | Tensor] = {}
         for i, group in enumerate(groups):
-            b = self.state[group["params"][0]].get("sum_sq", torch.tensor(group["b0"] ** 2)).sqrt()
+            kept = self.kept(group) if group["params"] or len(groups) == 1 else {}
+            b = kept.get("sum_sq", torch.tensor(group["b0"] ** 2)).sqrt()
             suffix = f"_{i}" if len(groups) > 1 else ""
             found |= {f"b{suffix}": b, f"effective_lr{suffix}": ratio(group["lr"], b)}
         return found

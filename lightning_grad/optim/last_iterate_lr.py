@@ -15,7 +15,6 @@ import math
 import warnings
 from typing import ClassVar, Literal
 
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -49,15 +48,14 @@ class _StepLR(ClosedFormLR):
         check_int("total", total, 1)
 
     @override
-    def get_lr(self) -> list[float | Tensor]:
+    def _present_factor(self) -> float:
         if self.total is not None and self.last_epoch > self.total and not self._warned:
             self._warned = True
             warnings.warn(
                 f"{type(self).__name__}: more steps than `total` ({self.total}); the learning rate stays at its end.",
                 stacklevel=2,
             )
-        factor = self.factor(self.last_epoch)
-        return [lr * factor for lr in self.base_lrs]
+        return self.factor(self.last_epoch)
 
 
 class LinearDecayLR(_StepLR):
@@ -250,10 +248,10 @@ class CooldownLR(_StepLR):
         return self.total - max(1, round(self.cooldown_fraction * self.total)), self.total
 
     @override
-    def get_lr(self) -> list[float | Tensor]:
+    def _present_factor(self) -> float:
         if self._started is not None:  # `total` no longer counts, also not for the warning
-            return [lr * self.factor(self.last_epoch) for lr in self.base_lrs]
-        return super().get_lr()
+            return self.factor(self.last_epoch)
+        return super()._present_factor()
 
     @override
     def factor(self, step: int) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_grad.optim._base import RuleOptimizer
+from lightning_grad.optim._base import RuleOptimizer, Work
 from lightning_grad.optim._checks import NON_NEGATIVE, Range, Switches
 from lightning_grad.optim._executors import Group, Hyper, State
 from lightning_grad.optim._math import axpy, ratio, square_sum
@@ -57,12 +57,14 @@ class OptimisticOMD(_Optimistic):
 
     State per parameter: ``step``, ``previous_grad``; with ``project`` also ``xhat`` and ``center``. With the first
     parameter: ``variation`` (:math:`V`), ``rounds``; with that of each group: ``eta``.
+    With a parameter that has no gradient for some steps, meanwhile: ``played_eta``, the step size of its last one.
 
     Source: Chen et al., Optimistic online mirror descent for bridging stochastic and adversarial online convex
     optimization (arXiv:2302.04552). The constants 10 and 4 were not checked against the journal version.
     """
 
-    shared_state: ClassVar = ("variation", "eta", "rounds")
+    alone: ClassVar = "played_eta"
+    shared_state: ClassVar = ("variation", "eta", "rounds", "played_eta")  # the last: parameters that sit out
     allowed: ClassVar = {
         "step_rule": ("convex", "strongly_convex", "constant"), "smoothness": NON_NEGATIVE,
         "strong_convexity": NON_NEGATIVE, "delta": Range(0.0, optional=True),
@@ -123,7 +125,7 @@ class OptimisticOMD(_Optimistic):
     def prologue(self, groups: list[Group], totals: list[Tensor]) -> list[dict[str, Tensor]]:
         sums = torch.stack(totals)
         eta, next_eta = self._step_sizes(groups, sums[:, 0].sum())
-        scalars = [{"eta": now, "next_eta": then} for now, then in zip(eta, next_eta, strict=True)]
+        scalars = [{"hint_eta": now, "eta": now, "next_eta": then} for now, then in zip(eta, next_eta, strict=True)]
         if self.param_groups[0]["project"]:
             radius, (yy, yg, gg) = self.param_groups[0]["diameter"] / 2, sums[:, 1:].unbind(1)
             inside, yy, yg = _ball(radius, eta, yy, yg, gg)
@@ -155,12 +157,32 @@ class OptimisticOMD(_Optimistic):
         return eta, next_eta
 
     @override
+    def _measure_all(self, work: Work) -> None:
+        for group, units in work:
+            # with projection the rule takes no hint back
+            if not group["project"] and sum(len(unit.members) for unit, _ in units) < len(group["params"]):
+                self._sit_out(group)
+        super()._measure_all(work)
+        for group, units in work:
+            for index, (unit, h) in enumerate(units):
+                if self.alone in unit.members[0].state:
+                    own = unit.members[0].state.pop(self.alone)
+                    units[index] = (unit, {**h, **self._readable(group, unit, {"hint_eta": own})})
+
+    def _sit_out(self, group: Group) -> None:
+        """Keep the step size that the point was made with for parameters that have no gradient from now on."""
+        for param in group["params"]:
+            state = self.state.get(param, {}) if param.grad is None else {}
+            if "previous_grad" in state and self.alone not in state and "eta" in self.kept(group):
+                state[self.alone] = self.kept(group)["eta"].clone()
+
+    @override
     @staticmethod
     def rule(p: Any, g: Any, s: State, h: Hyper) -> tuple[Any, State]:
         if h["decays"]:
             g = axpy(g, p, h["weight_decay"])
         if not h["projects"]:
-            p = axpy(axpy(p, s["previous_grad"], h["eta"]), g, -(h["eta"] + h["next_eta"]))
+            p = axpy(axpy(p, s["previous_grad"], h["hint_eta"]), g, -(h["eta"] + h["next_eta"]))
             return p, {"previous_grad": g}
         y = axpy(s["xhat"] - s["center"], g, -h["eta"]) * h["inside"]
         xhat = s["center"] + y
@@ -169,7 +191,7 @@ class OptimisticOMD(_Optimistic):
     @override
     def stats(self) -> dict[str, float | Tensor]:
         """``eta`` of the coming step, and ``variation``, the square root of V."""
-        state = self.state[self.param_groups[0]["params"][0]]
+        state = self.kept(self.param_groups[0])
         return {"eta": state["eta"], "variation": state["variation"].sqrt()} if "eta" in state else {}
 
 
@@ -251,7 +273,7 @@ class OptimisticFTRL(_Optimistic):
     @override
     def stats(self) -> dict[str, float | Tensor]:
         """``penalty``: the sum in the denominator of the step size."""
-        state = self.state[self.param_groups[0]["params"][0]]
+        state = self.kept(self.param_groups[0])
         return {"penalty": state["penalty"]} if "penalty" in state else {}
 
 

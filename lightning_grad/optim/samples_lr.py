@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -121,15 +120,26 @@ class SamplesLR(ClosedFormLR):
         return self.total_samples is not None
 
     @override
-    def get_lr(self) -> list[float | Tensor]:
-        factor = self.factor(self.samples)
-        return [lr * factor for lr in self.base_lrs]
+    def _present_factor(self) -> float:
+        return self.factor(self.samples)
+
+    @override
+    def _initial_step(self) -> None:
+        # for torch a step; called in the constructor, and again by a SequentialLR around this schedule
+        self.last_epoch += 1
+        self._step_count = 1
+        self._write()
 
     @override
     def step(self, epoch: int | None = None) -> None:
-        """Count ``samples_per_step``, unless the callback sets the progress."""
-        initial = not hasattr(self, "_last_lr")
-        if not initial and not self.driven:
+        """Count ``samples_per_step``, unless the callback sets the progress.
+
+        Args:
+            epoch: ``None``, or 0 to begin anew (an older ``SequentialLR``, when the schedule's turn comes).
+        """
+        if not self.driven and epoch == 0:
+            self.samples = self.samples_per_step or 0
+        elif not self.driven:
             if self.samples_per_step is None or self.total_samples is None:
                 raise RuntimeError(
                     "SamplesLR does not know how many samples were seen, or will be: add the callback"
@@ -137,7 +147,7 @@ class SamplesLR(ClosedFormLR):
                     " `total_samples`."
                 )
             self.samples += self.samples_per_step
-        self.last_epoch += 1
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         self._step_count += 1
         self._write()
 

@@ -71,17 +71,14 @@ class _Langevin(RuleOptimizer):
         """The generator of a device, seeded by ``seed`` or else by the global seed; ``state_dict()`` has its state."""
         if device not in self._generators:
             generator = torch.Generator(device)
-            generator.manual_seed(torch.initial_seed() if self.seed is None else self.seed)
-            saved = self.state[self._first].pop(_key(device), None) if self._first in self.state else None
+            seed = torch.initial_seed() if self.seed is None else self.seed
+            # the index would give each process of a run another one; they must draw the same
+            generator.manual_seed((seed + len(self._generators)) % (1 << 64))
+            saved = self.kept(self.param_groups[0]).pop(_key(device), None)
             if saved is not None:
                 generator.set_state(saved.cpu())
             self._generators[device] = generator
         return self._generators[device]
-
-    @property
-    def _first(self) -> Tensor:
-        param: Tensor = self.param_groups[0]["params"][0]
-        return param
 
     @override
     def _is_shared(self, name: str) -> bool:
@@ -136,7 +133,8 @@ class SGLD(_Langevin):
         n_data: Training samples N, >= 1; 0: filled in by the callback ``BindDataSize`` (``lightning-grad`` has it).
         temperature: :math:`\tau`, >= 0; 1 is the posterior, 0 is SGD.
         weight_decay: Adds ``weight_decay * p`` to the gradient, >= 0.
-        seed: Seed of the noise, in [0, 2^63); ``None``: the global seed.
+        seed: Seed of the noise, in [0, 2^63); ``None``: the global seed. For several chains in one
+            process give each its own: with the same seed they draw the same noise.
         sphere: Keep every tensor (ndim >= 1, not zero) on the sphere of its initial norm.
         **switches: ``maximize``, ``foreach``, ``compile``, ``capturable``, ``differentiable``, ``decay_1d``,
             ``state_dtype``, ``stochastic_rounding``.
@@ -220,7 +218,8 @@ class PSGLD(_Langevin):
         n_data: Training samples N, >= 1; 0: filled in by the callback ``BindDataSize`` (``lightning-grad`` has it).
         temperature: :math:`\tau`, >= 0; 1 is the posterior, 0 is RMSprop.
         weight_decay: Adds ``weight_decay * p`` to the gradient, >= 0.
-        seed: Seed of the noise, in [0, 2^63); ``None``: the global seed.
+        seed: Seed of the noise, in [0, 2^63); ``None``: the global seed. For several chains in one
+            process give each its own: with the same seed they draw the same noise.
         alpha: Decay of the average, in [0, 1).
         lam: :math:`\lambda`, >= 1e-12.
         v_init: Initial V, >= 0; with 0 the first steps are up to :math:`1 / \sqrt{1 - \alpha}` times larger.
@@ -288,7 +287,8 @@ class SGHMC(_Langevin):
         n_data: Training samples N, >= 1; 0: filled in by the callback ``BindDataSize`` (``lightning-grad`` has it).
         temperature: :math:`\tau`, >= 0; 1 is the posterior, 0 is SGD with momentum ``1 - friction``.
         weight_decay: Adds ``weight_decay * p`` to the gradient, >= 0.
-        seed: Seed of the noise, in [0, 2^63); ``None``: the global seed.
+        seed: Seed of the noise, in [0, 2^63); ``None``: the global seed. For several chains in one
+            process give each its own: with the same seed they draw the same noise.
         friction: f, in (0, 1].
         **switches: ``maximize``, ``foreach``, ``compile``, ``capturable``, ``differentiable``, ``decay_1d``,
             ``state_dtype``, ``stochastic_rounding``.

@@ -95,6 +95,13 @@ def test_a_tensor_learning_rate(case: Case) -> None:
     run(case.cls(a, **{**case.kwargs[0], "lr": lr}), a, range(3))
     run(case.cls(b, **case.kwargs[0]), b, range(3))
     assert largest_difference(a, b) <= 1e-13
+    for switches in ({}, {"capturable": True}, {"capturable": True, "foreach": True}, {"foreach": False}):
+        c = make_params()
+        optimizer = case.cls(c, **{**case.kwargs[0], "lr": lr.reshape(1)}, **switches)
+        run(optimizer, c, range(2))
+        optimizer.load_state_dict(optimizer.state_dict())
+        run(optimizer, c, range(2, 3))
+        assert largest_difference(c, b) <= 1e-12
 
 
 def values_of(hint: Any) -> st.SearchStrategy[Any]:

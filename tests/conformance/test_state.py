@@ -28,6 +28,7 @@ from tests.conformance.common import (
     clones,
     every,
     every_mode,
+    every_setting,
     heat,
     through_file,
 )
@@ -261,3 +262,37 @@ def test_what_a_state_dict_may_lack_or_have_beside(case: Case) -> None:
         del saved["param_groups"][0][name]
         with pytest.raises(KeyError, match=f"{case.cls.__name__}: parameter group 0 has no `{name}`"):
             second.load_state_dict(saved)
+
+
+@every_setting
+def test_a_group_that_sits_out_while_its_storage_changes_goes_on(case: Case, kwargs: dict[str, Any]) -> None:
+    a, b = make_params(), make_params()
+    moved, left = (case.cls([{"params": p[:4]}, {"params": p[4:]}], **kwargs) for p in (a, b))
+    for optimizer, params in ((moved, a), (left, b)):
+        torch.manual_seed(0)
+        run(optimizer, params[:4], range(1))
+        for p in params[:4]:
+            p.grad = None
+            if optimizer is moved:
+                p.data = p.data.clone()  # as module.to() does
+        run(optimizer, params[4:], range(1, 2))  # the first state of this group
+        run(optimizer, params, range(2, 4))
+    assert all_equal(a, b)
+
+
+@every_setting
+def test_the_first_group_may_be_empty(case: Case, kwargs: dict[str, Any]) -> None:
+    a, b = make_params(), make_params()
+    first, plain = case.cls([{"params": []}, {"params": a}], **{**kwargs, **heat(case)}), case.cls(b, **kwargs)
+    first.stats()
+    run(first, a, range(2))
+    assert all(torch.as_tensor(value).isfinite() for value in first.stats().values())
+    if not case.noisy:
+        run(plain, b, range(2))
+        assert all_equal(a, b)
+    c = clones(a)
+    second = case.cls([{"params": []}, {"params": c}], **{**kwargs, **heat(case)})
+    second.load_state_dict(through_file(first.state_dict()))
+    run(first, a, range(2, 4))
+    run(second, c, range(2, 4))
+    assert all_equal(a, c)

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from lightning_grad import CooldownLR, InverseSqrtLR, LinearDecayLR, StronglyConvexLR
+from lightning_grad import CooldownLR, InverseSqrtLR, LinearDecayLR, SamplesLR, StronglyConvexLR
 from lightning_grad.cli import LightningGradCLI, main
 
 HERE = "tests.cli_models."
@@ -233,6 +233,54 @@ def test_past_the_end_it_stays_and_warns_once():
     assert sum("`total` (4)" in str(w.message) for w in caught) == 1
 
 
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "expected"),
+    [
+        (LinearDecayLR, {"total": 4}, [0.5, 1.0]),
+        (CooldownLR, {"total": 4, "cooldown_fraction": 1.0}, [0.5, 1.0]),
+        (StronglyConvexLR, {"mu": 0.5}, [0.5, 1.0]),  # the largest base rate is now the second's
+        (SamplesLR, {"total_samples": 4, "samples_per_step": 1, "base": "linear", "final": 0.0}, [0.25, 0.5]),
+    ],
+)
+def test_a_group_added_later_has_its_rate_as_its_base(cls, kwargs, expected):
+    optimizer = optimizer_of()
+    schedule = cls(optimizer, **kwargs)
+    optimizer.step()
+    schedule.step()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 2.0})
+    optimizer.step()
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+    assert optimizer.param_groups[1]["initial_lr"] == 2.0
+    # a checkpoint of before, loaded where there are both groups from the beginning
+    saved = cls(optimizer_of(), **kwargs)
+    saved.optimizer.step()
+    saved.step()
+    resumed = cls(optimizer_of(1.0, 2.0), **kwargs)
+    resumed.load_state_dict(saved.state_dict())
+    resumed.optimizer.step()
+    resumed.step()
+    assert resumed.get_last_lr() == pytest.approx(expected)
+    again = cls(optimizer_of(1.0, 2.0), **kwargs)
+    again.load_state_dict(schedule.state_dict())
+    assert again.get_last_lr() == pytest.approx(expected)
+
+
+def test_samples_are_counted_once_in_a_sequence():
+    torch_lr = torch.optim.lr_scheduler
+    optimizer = optimizer_of()
+    kwargs = {"total_samples": 40, "samples_per_step": 10, "base": "linear", "final": 0.0}
+    parts = [SamplesLR(optimizer, **kwargs), SamplesLR(optimizer, **kwargs)]
+    sequence = torch_lr.SequentialLR(optimizer, parts, milestones=[2])
+    seen = []
+    for _ in range(5):
+        seen.append((optimizer.param_groups[0]["lr"], *(part.samples for part in parts)))
+        optimizer.step()
+        sequence.step()
+    assert seen == [(0.75, 10, 10), (0.5, 20, 10), (0.75, 20, 10), (0.5, 20, 20), (0.25, 20, 30)]
+    torch_lr.SequentialLR(optimizer, [SamplesLR(optimizer)], milestones=[])  # nothing to count yet
+
+
 def test_refused_by_name():
     for cls, kwargs, name in (
         (LinearDecayLR, {"total": 0}, "total"), (LinearDecayLR, {"total": 3, "warmup": 3}, "warmup"),
@@ -293,3 +341,9 @@ def test_the_command_refuses_in_one_line(monkeypatch, tmp_path, capsys, words, t
     assert end.value.code == 2
     assert text in error
     assert error.count("\n") == 1 or "error: " in error.splitlines()[-1]
+
+
+def test_an_attribute_interval_of_a_foreign_scheduler_means_nothing(monkeypatch, tmp_path):
+    words = [f"--lr_scheduler={HERE}OwnIntervalLR", "--trainer.max_epochs=1"]
+    cli = LightningGradCLI(args=run(monkeypatch, tmp_path, *words))
+    assert cli.trainer.lr_scheduler_configs[0].interval == "epoch"

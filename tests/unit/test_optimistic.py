@@ -157,3 +157,43 @@ def test_normalized_gd_separates_the_toy_set(lr, expected):
         torch.nn.functional.softplus(-data @ w).mean().backward()
         optimizer.step()
     assert steps == expected
+
+
+@pytest.mark.parametrize("switches", [{}, {"foreach": False}, {"capturable": True}, {"differentiable": True}])
+@pytest.mark.parametrize("kwargs", [{}, {"step_rule": "constant"}, {"weight_decay": 0.1}])
+def test_a_hint_is_taken_back_with_the_step_size_it_was_played_with(kwargs, switches):
+    """The form with two sequences, where gradients come and go and a schedule changes the learning rate."""
+    torch.manual_seed(2)
+    params = [torch.randn(3, dtype=torch.float64) for _ in range(4)]
+    optimizer = OptimisticOMD(params, lr=0.5, **kwargs, **switches)
+    xhat, previous = [p.clone() for p in params], [torch.zeros(3).double() for _ in params]
+    variation, eta = 0.0, None
+    for step in range(12):
+        if step == 7:  # a checkpoint, with parameters away
+            state = optimizer.state_dict()
+            optimizer = OptimisticOMD(params, lr=0.5, **kwargs, **switches)
+            optimizer.load_state_dict(state)
+        optimizer.param_groups[0]["lr"] = 0.5 * 0.9**step
+        change = 0.0
+        for index, p in enumerate(params):
+            here = index == 0 or (step + index) % 4 in (0, index % 2)
+            p.grad = torch.randn(3, dtype=torch.float64) if here else None
+            if here:
+                g = p.grad + kwargs.get("weight_decay", 0.0) * p.detach()
+                change += float((g - previous[index]).square().sum())
+                previous[index] = g.detach().clone()
+        grown = variation + change
+
+        def size(v, step=step):
+            return 0.5 * 0.9**step / (1.0 if "step_rule" in kwargs else math.sqrt(1e-8 + v))
+
+        eta = size(grown) if eta is None else eta
+        following, variation = size(grown), grown
+        optimizer.step()
+        for index, p in enumerate(params):
+            if p.grad is not None:
+                xhat[index] = xhat[index] - eta * previous[index]
+                want = xhat[index] - following * previous[index]
+                assert (p.detach() - want).abs().max() <= 1e-12, (step, index)
+        eta = following
+    assert any("played_eta" in optimizer.state[p] for p in params)

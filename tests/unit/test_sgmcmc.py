@@ -102,3 +102,11 @@ def test_sphere_keeps_the_norm_of_a_tensor_of_several_blocks(switches):
         optimizer.step()
     assert x.detach().double().norm().item() == pytest.approx(start.norm().item(), rel=3e-7)
     assert (x.detach().double() - start).norm() > 0.3 * start.norm()
+
+
+def test_each_device_draws_numbers_of_its_own_whatever_its_index():
+    device, other = torch.device("cpu"), torch.device("cpu", 0)
+    for order in ((device, other), (other, device)):
+        optimizer = SGLD([torch.ones(2, requires_grad=True)], n_data=1, seed=3)
+        seeds = [optimizer.generator(one).initial_seed() for one in order]
+        assert seeds == [3, 4]
