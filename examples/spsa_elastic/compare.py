@@ -84,6 +84,7 @@ def run(steps: int) -> tuple[Journal, dict[int, dict[str, int]]]:
         folder = Path(name)
 
         def start(number: int) -> None:
+            (folder / f"{number}.log").touch()
             workers[number] = FORK.Process(target=work, args=(port, steps, folder / f"{number}.json"), daemon=True)
             workers[number].start()
 

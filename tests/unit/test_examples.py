@@ -83,8 +83,21 @@ def test_comparison_runs(script, tmp_path, monkeypatch, capsys):
     assert not [name for name in changed if name != "__pycache__"], "a short run must not overwrite the example's files"
 
 
-def test_the_elastic_comparison_ends_when_a_worker_does(monkeypatch):
+@pytest.mark.parametrize(
+    ("steps", "text"),
+    [
+        ("0", r"(?s)worker \d ended with status 1:.*`total_steps` must be an integer >= 1"),
+        ("9", "ended with status -9"),
+    ],
+    ids=["refused", "killed"],
+)
+def test_the_elastic_comparison_ends_when_a_worker_does(monkeypatch, steps, text):
+    from multiprocessing.context import ForkServerProcess
+
     script = EXAMPLES / "spsa_elastic" / "compare.py"
-    monkeypatch.setattr(sys, "argv", [str(script), "--steps", "0"])
-    with pytest.raises(SystemExit, match=r"(?s)worker \d ended with status 1:.*`total_steps` must be an integer >= 1"):
+    monkeypatch.setattr(sys, "argv", [str(script), "--steps", steps])
+    if steps == "9":
+        start = ForkServerProcess.start
+        monkeypatch.setattr(ForkServerProcess, "start", lambda self: (start(self), self.kill()))
+    with pytest.raises(SystemExit, match=text):
         runpy.run_path(str(script), run_name="__main__")

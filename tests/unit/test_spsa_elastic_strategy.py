@@ -1,6 +1,7 @@
 """ElasticSPSAStrategy under a Trainer: members in processes, stop votes, refusals."""
 
 import random
+import sys
 import time
 from types import SimpleNamespace
 
@@ -11,11 +12,12 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_grad import ElasticSPSAStrategy
-from lightning_grad.spsa import Journal, StoreLostError, digest64, replay
+from lightning_grad.spsa import Journal, JournalError, StoreLostError, digest64, replay
 from lightning_grad.spsa.auth import Authenticator
 from lightning_grad.spsa.store import Store
 from lightning_grad.strategies import SPSAConfigError
 from tests.spsa_elastic import FORK, free_port
+from tests.spsa_helpers import make_session
 from tests.spsa_lightning import Toy, trainer
 
 
@@ -214,6 +216,20 @@ def test_a_parameter_that_grows_too_large_is_an_error_lightning_knows(port):
     runner = trainer(strategy(port, lr=1e6, check_interval=1), max_epochs=-1, accumulate_grad_batches=2)
     with pytest.raises(SPSAConfigError, match="too large for eps"):
         runner.fit(Toy(steps=20, micro=2))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_two_workers_cannot_write_one_journal(port, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_grad.spsa.locked_file._PATIENCE_S", 0.0)
+    path = tmp_path / "run.spsa"
+    first = Journal(make_session(run_id="r").header)
+    first.open_append(path)
+    runner = trainer(strategy(port, journal_path=str(path)), max_epochs=-1, accumulate_grad_batches=2)
+    with pytest.raises(JournalError, match=r"another process writes to .*run\.spsa"):
+        runner.fit(Toy(steps=20, micro=2))
+    first.close()
+    assert path.read_bytes() == first.to_bytes()
+    assert Store(f"127.0.0.1:{port}", "r").get("l/0") == b"1"  # it was let in, and nobody waits for it
 
 
 def test_a_checkpoint_that_exists_is_no_vote_to_stop(tmp_path):

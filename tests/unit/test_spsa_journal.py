@@ -14,6 +14,7 @@ import torch
 
 from lightning_grad._checksum import chained_crc32
 from lightning_grad.spsa import Header, Journal, JournalError, Record, ReplicaMismatchError, digest64, replay
+from lightning_grad.spsa.replayer import make_plan
 from tests.spsa_helpers import batches, loss_of, make_session, run_alone, tiny_model
 
 
@@ -68,6 +69,14 @@ def test_replay_equals_the_live_run_from_any_prefix():
     state = {k: v.clone() for k, v in tiny_model().state_dict().items()}
     replay(state, session.journal)
     assert digest64(state.values()) == digests[-1]
+
+
+def test_a_plan_leaves_the_state_it_starts_from():
+    session, _ = live_run(momentum=0.5)
+    rule = make_plan(session.journal, upto=5).rule
+    plan = make_plan(session.journal, after=rule)
+    assert (rule.step, plan.first, plan.rule.step, len(plan.updates)) == (5, 5, 12, 7)
+    assert make_plan(session.journal, after=rule).updates == plan.updates
 
 
 def test_replay_in_ranges_equals_replay_in_one_piece(monkeypatch):
