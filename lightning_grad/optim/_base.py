@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_grad.optim._buckets import Layout, Plan, Scratch, Unit, make_plan
+from lightning_grad.optim._buckets import Layout, Plan, Scratch, Unit, make_plan, wide_dtype
 from lightning_grad.optim._checkpoint import check_state_dict, placed
 from lightning_grad.optim._checks import (
     NON_NEGATIVE,
@@ -203,12 +203,12 @@ class RuleOptimizer(Optimizer):
         """The state of :meth:`keeper`, without making it; empty before the first step."""
         return self.state.get(self.keeper(group), {}) if any(one["params"] for one in self.param_groups) else {}
 
-    def shared(self, group: Group, name: str, start: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    def shared(self, group: Group, name: str, start: float, dtype: torch.dtype | None = None) -> Tensor:
         """A scalar of the whole optimizer (or group), kept with the state of the group's first parameter."""
         param = self.keeper(group)
         state = self.state[param]
         if name not in state:
-            state[name] = torch.full((), start, dtype=dtype, device=param.device)
+            state[name] = torch.full((), start, dtype=dtype or wide_dtype(param.device), device=param.device)
             self._remember()
         found: Tensor = state[name]
         return found
@@ -412,7 +412,7 @@ class RuleOptimizer(Optimizer):
     def _measured(self, group: Group, unit: Unit, h: Hyper) -> Iterator[Tensor]:
         """:meth:`measure` of a unit block by block, in float64."""
         for p, g, state in pieces(unit, list(self.state_names(group)), self._block):
-            yield self.measure(p, -g if group["maximize"] else g, state, h).double()
+            yield self.measure(p, -g if group["maximize"] else g, state, h).to(wide_dtype(unit.device))
 
 
 def _with_scalar_lr(group: Group) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 Place = tuple[torch.Size, tuple[int, ...], int]  # shape, strides, offset
+WITHOUT_FLOAT64 = ("mps",)
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -103,11 +104,11 @@ class Unit:
         return {**self.state, "noise": self.noise[0]} if self.noise else self.state
 
     def advance(self, capturable: bool) -> Tensor | float:
-        """Count the step and return it: a number, or a 0-dim float64 tensor on the device if ``capturable``."""
+        """Count the step and return it: a number, or a 0-dim wide tensor on the device if ``capturable``."""
         self.steps.add_(1.0)
         self.version = self.steps._version
         self.step += 1.0
-        return self.steps[0].double() if capturable else self.step
+        return self.steps[0].to(wide_dtype(self.device)) if capturable else self.step
 
 
 @dataclass
@@ -179,6 +180,11 @@ class Layout:
     capacity: int  # elements of a gathered unit
     alone: str  # a state whose owner is not gathered with others
     scratch: Scratch
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums and scalars on a device: float64, which only MPS does not have."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def compute_dtype_of(param: Tensor) -> torch.dtype:

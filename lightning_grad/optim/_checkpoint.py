@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_grad.optim._buckets import wide_dtype
 from lightning_grad.optim._executors import Group
 
 
@@ -52,5 +53,7 @@ def placed(name: str, value: Any, param: Tensor, group: Group, is_shared: bool) 
     if not is_shared and (dtype.is_floating_point or dtype.is_complex):
         dtype = torch.float32 if group["state_dtype"] == "float32" else param.dtype
         dtype = dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
+    elif is_shared and dtype is torch.float64:
+        dtype = wide_dtype(param.device)
     own: Tensor = value.to(device=param.device, dtype=dtype, copy=True)
     return own

@@ -74,7 +74,7 @@ class AdaGradNorm(RuleOptimizer):
         dtype = torch.float64 if exact else torch.float32
         grown = (self.shared(group, "sum_sq", group["b0"] ** 2, dtype) + total).to(dtype)
         self.set_shared(group, "sum_sq", grown)
-        return grown.double().sqrt()
+        return grown.to(total.dtype).sqrt()
 
     @override
     @staticmethod

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_grad.optim import (
     SGLD,
@@ -16,6 +18,7 @@ from lightning_grad.optim import (
     OptimisticAdam,
     OptimisticFTRL,
     OptimisticOMD,
+    _buckets,
     _math,
 )
 from tests.conformance.cases import (
@@ -246,6 +249,38 @@ def test_a_norm_that_is_no_number_makes_all_it_scales_nan(
     optimizer.step()
     assert params[0].isnan().all()
     assert params[1].isfinite().all() if of_a_tensor else params[1].isnan().all()
+
+
+class NoFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        assert all(t.dtype is not torch.float64 for t in tree_leaves(out) if isinstance(t, torch.Tensor)), func
+        return out
+
+
+@every_setting
+@every_mode
+def test_a_device_without_float64_makes_the_same_step(
+    case: Case, kwargs: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide, narrow = make_params(torch.float32), make_params(torch.float32)
+    run(case.cls(wide, **kwargs, **MODES[mode]), wide, range(3))
+    grads = [[gradient(step, index, p) for index, p in enumerate(narrow)] for step in range(3)]
+    saved = case.cls(clones(narrow), **kwargs, **MODES[mode])
+    run(saved, saved.param_groups[0]["params"], range(1))
+    state = saved.state_dict()  # of a device that has it
+    monkeypatch.setattr(_buckets, "WITHOUT_FLOAT64", ("mps", "cpu"))
+    optimizer = case.cls(narrow, **kwargs, **MODES[mode])
+    with NoFloat64():
+        for step in range(3):
+            for p, g in zip(narrow, grads[step], strict=True):
+                p.grad = g
+            optimizer.step()
+        apart = [(p - q).abs().max() for p, q in zip(narrow, wide, strict=True)]
+        assert max(apart) <= 3e-5
+        optimizer.load_state_dict(state)
+        optimizer.step()
+    assert all(p.isfinite().all() for p in narrow)
 
 
 @every
