@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_grad.optim import (
+    SGDP,
     SGLD,
     AdaGradNorm,
     AdamP,
@@ -117,8 +118,10 @@ def test_complex_parameters_are_pairs_of_real_ones(case: Case, mode: str) -> Non
             p.grad = torch.view_as_real(z.grad).clone()
         a.step()
         b.step()
-    if case.elementwise or all(p.ndim == 1 for p in numbers):
-        assert largest_difference([torch.view_as_real(z) for z in numbers], pairs) <= 1e-14
+    if case.cls not in (AdamP, SGDP):  # whose rows are not those of the pairs
+        assert largest_difference([torch.view_as_real(z) for z in numbers], pairs) <= (
+            1e-14 if case.elementwise else 1e-13
+        )
     assert all(v.is_complex() for z in numbers for k, v in b.state[z].items() if k in type(b).state_spec)
 
 

@@ -191,6 +191,9 @@ def test_state_keeps_its_values_through_a_change_of_device_and_dtype(case: Case)
     params = make_params(torch.float32)
     optimizer = case.cls(params, **case.kwargs[0])
     run(optimizer, params, range(2))
+    untouched = clones(params)
+    uninterrupted = case.cls(untouched, **case.kwargs[0])
+    uninterrupted.load_state_dict(optimizer.state_dict())
     for p in params:  # what Lightning does after loading
         for name, value in optimizer.state[p].items():
             optimizer.state[p][name] = value.to("cpu", copy=True) if name != "step" else value
@@ -199,7 +202,9 @@ def test_state_keeps_its_values_through_a_change_of_device_and_dtype(case: Case)
     other.load_state_dict(optimizer.state_dict())
     run(optimizer, params, range(2, 4))
     run(other, reference, range(2, 4))
+    run(uninterrupted, untouched, range(2, 4))
     assert all_equal(params, reference)
+    assert all_equal(params, untouched)
 
 
 @every

@@ -200,4 +200,5 @@ def test_decay_can_leave_out_vectors(case: Case) -> None:
     run(optimizer, params, range(3))
     run(before, start, range(3))
     for p, q in zip(params, start, strict=True):
-        assert torch.equal(p, q) == (p.ndim <= 1) or not case.elementwise
+        # in OptimisticOMD the decay of one changes the step size of all
+        assert torch.equal(p, q) == (p.ndim <= 1) or case.cls.__name__ == "OptimisticOMD"
