@@ -13,7 +13,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.reliability_full
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo")
 def test_sharded_weights_give_the_bits_of_one_process(tmp_path):
     launched = ("MASTER_", "LOCAL_", "NODE_", "RANK", "WORLD_", "PL_")
