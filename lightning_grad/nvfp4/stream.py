@@ -8,7 +8,7 @@ output gradient, role 1 its column form, whose blocks are numbered over ``[N, M 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def philox(c0: Word, c1: Word, c2: Word, c3: Word, seed: int) -> tuple[Tensor, T
     return philox4x32((c0, c1, c2, c3), seed)
 
 
-@cache
+@lru_cache(1024)  # bounded: a step given as an integer is another one each time
 def _constant(word: int, device: torch.device) -> Tensor:
     return torch.tensor(word, dtype=torch.int64, device=device)
 

@@ -1,6 +1,7 @@
 """The number format: worked examples from Transformer Engine's reference, closed forms, invariants."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lightning_grad.nvfp4 import (
     unpack,
 )
 from lightning_grad.nvfp4 import format as fmt
+from lightning_grad.nvfp4.stream import device_words
 from tests.nvfp4_oracle import inputs
 
 GRID = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -164,6 +166,17 @@ def test_packing():
     assert torch.equal(unpack(pack(codes)), codes)
     with pytest.raises(ValueError, match="`codes`"):
         pack(codes[:, :15])
+
+
+def test_words_on_the_device_are_kept_for_layers_and_not_for_every_step():
+    device = torch.device("cpu")
+    first = device_words((1, 6, 0), device)
+    assert [int(word) for word in first] == [1, 6, 0]
+    assert device_words((torch.tensor(9), 6, 0), device)[1] is first[1]
+    step = weakref.ref(device_words((12345, 6, 0), device)[0])
+    for number in range(2000):
+        device_words((number, 6, 0), device)
+    assert step() is None
 
 
 def test_stream_known_answer():
